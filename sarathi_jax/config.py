@@ -1,0 +1,179 @@
+"""Frozen configuration of the model and of the engine; knows no device.
+
+A model is described by the fields of its published Hugging Face ``config.json``; ``configs/models/*.yaml`` holds the
+same fields in YAML, so one parser (`sarathi_jax.weights.hf_config`) serves both.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+Dtype = Literal["float32", "bfloat16"]
+DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be served; the message says what to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding: base and, for long contexts, how its frequencies are scaled.
+
+    Attributes:
+      theta: base of the geometric series of frequencies.
+      scaling: None, or the published method that stretches the frequencies.
+      factor: context extension factor of the method.
+      original_max_position: context length of pre-training (``llama3``, ``yarn``).
+      low_freq_factor, high_freq_factor: band limits of ``llama3``.
+      beta_fast, beta_slow, attention_factor, truncate: of ``yarn``; ``attention_factor`` multiplies cos and sin
+        (None: ``0.1 ln(factor) + 1``).
+    """
+
+    theta: float = 10000.0
+    scaling: Literal["linear", "llama3", "yarn"] | None = None
+    factor: float = 1.0
+    original_max_position: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything the maths of a decoder-only model depends on.
+
+    Attributes:
+      architecture: ``decoder`` (LLaMA, Mistral, Yi, Qwen: sequential pre-norm blocks, RMSNorm, SwiGLU) or ``falcon``
+        (parallel attention and MLP, LayerNorm, GELU).
+      windows: for each layer the sliding window in tokens (a query sees itself and ``window - 1`` tokens before it),
+        or None for full attention.
+      qkv_bias, out_bias, mlp_bias: which projections carry a bias.
+      qk_norm: RMSNorm of each query and key head before the rotation (Qwen3).
+      num_parallel_norms: Falcon only: 1 norm shared by attention and MLP, or 2.
+      eos_token_ids: tokens that end a text unless ``ignore_eos``.
+    """
+
+    architecture: Literal["decoder", "falcon"]
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    norm_eps: float
+    rope: RopeConfig
+    windows: tuple[int | None, ...]
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+    num_parallel_norms: int = 2
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "
+                "every KV head must serve the same number of query heads"
+            )
+        if len(self.windows) != self.num_layers:
+            raise ConfigError(f"windows has {len(self.windows)} entries for num_layers={self.num_layers}")
+
+    @property
+    def heads_per_kv(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def cache_window(self) -> int | None:
+        """Tokens that the cache must keep: the widest window, or None as soon as one layer sees everything."""
+        return None if None in self.windows else max(w for w in self.windows if w is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """How a model is served. What follows from measuring the device (the number of blocks) is `CacheConfig`.
+
+    Attributes:
+      dtype: of weights, cache and products; activations between products are float32.
+      max_model_len: longest prompt + output in tokens; None: what the model was trained for.
+      max_num_seqs: sequences that may run at once.
+      token_budget: most tokens of a step (the paper's tau, section 4.3): the largest compiled bucket.
+      token_buckets: compiled step sizes, ascending; None: `default_buckets(token_budget)`.
+      block_size: tokens of a KV-cache block.
+      num_blocks: blocks of the KV cache; None: what memory allows, at most what `max_num_seqs` can use.
+      memory_fraction: share of the free memory that the cache may take when `num_blocks` is None.
+      attention_backend: one of `pallas_kernels.ragged_paged_attention.BACKENDS`.
+      overlap: schedule step k+1 while step k runs.
+      seed: where requests without a seed draw theirs from; None: from the operating system.
+    """
+
+    dtype: Dtype = "bfloat16"
+    max_model_len: int | None = None
+    max_num_seqs: int = 32
+    token_budget: int = 512
+    token_buckets: tuple[int, ...] | None = None
+    block_size: int = 32
+    num_blocks: int | None = None
+    memory_fraction: float = 0.9
+    attention_backend: str = "xla"
+    overlap: bool = True
+    seed: int | None = None
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
+        for name in ("max_num_seqs", "token_budget", "block_size"):
+            if not _is_count(getattr(self, name)):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be a positive integer")
+        for name in ("max_model_len", "num_blocks"):
+            if getattr(self, name) is not None and not _is_count(getattr(self, name)):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be a positive integer or None")
+        if not (math.isfinite(self.memory_fraction) and 0 < self.memory_fraction <= 1):
+            raise ConfigError(f"memory_fraction={self.memory_fraction!r} must lie in (0, 1]")
+        buckets = self.buckets
+        if not buckets or list(buckets) != sorted(set(buckets)) or not all(map(_is_count, buckets)):
+            raise ConfigError(f"token_buckets={buckets!r} must be ascending positive integers")
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        return default_buckets(self.token_budget) if self.token_buckets is None else tuple(self.token_buckets)
+
+    @property
+    def max_running(self) -> int:
+        """Sequences that may run at once: every one of them must fit a decode into the largest bucket."""
+        return min(self.max_num_seqs, self.buckets[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    """The KV cache as built: derived from `EngineConfig`, the model and the device's memory."""
+
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+
+    @property
+    def max_blocks_per_seq(self) -> int:
+        return -(-self.max_model_len // self.block_size)
+
+
+def default_buckets(token_budget: int) -> tuple[int, ...]:
+    """Powers of two below the budget, and the budget itself.
+
+    Args:
+      token_budget: tokens of the largest step.
+    """
+    powers = [1 << i for i in range(token_budget.bit_length()) if 1 << i < token_budget]
+    return (*powers, token_budget)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

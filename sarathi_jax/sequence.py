@@ -1,0 +1,99 @@
+"""`Sequence`: the tokens of one sample of a request and how far they are computed. No clock, no device."""
+
+import enum
+
+from sarathi_jax.request import FinishReason, Request
+
+
+class Status(enum.Enum):
+    """Where a sequence is in its life."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """One sample of a request.
+
+    The host may be one step behind the device: ``num_in_flight`` tokens have been drawn by launched steps but are not
+    known here yet. Lengths count them, so the next step can be planned before its input token is known.
+
+    Attributes:
+      seq_id: unique in the engine; smaller arrived earlier.
+      request: what was asked.
+      index: which of the request's ``n`` samples.
+      tokens: prompt and output known on the host.
+      num_computed: leading tokens whose keys and values are in the cache once every launched step has ended.
+      num_in_flight: tokens drawn on the device and not committed here yet (0 or 1).
+      row: the device row that holds this sequence's newest token while it runs; None while it waits.
+      num_preemptions: how often its blocks were taken away.
+    """
+
+    def __init__(self, seq_id: int, request: Request, index: int = 0):
+        self.seq_id = seq_id
+        self.request = request
+        self.index = index
+        self.tokens = list(request.prompt_token_ids)
+        self.num_prompt = len(self.tokens)
+        self.num_computed = 0
+        self.num_in_flight = 0
+        self.row: int | None = None
+        self.num_preemptions = 0
+        self.status = Status.WAITING
+        self.finish_reason: FinishReason | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.seq_id}, {self.status.value}, prompt={self.num_prompt}, output={self.num_output}, "
+            f"computed={self.num_computed})"
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output, those in flight included."""
+        return len(self.tokens) + self.num_in_flight
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens, those in flight included."""
+        return self.num_tokens - self.num_prompt
+
+    @property
+    def num_uncomputed(self) -> int:
+        return self.num_tokens - self.num_computed
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.tokens[self.num_prompt :]
+
+    @property
+    def is_decode(self) -> bool:
+        """Only the newest token is left to compute and it is an output (a prompt's last token is prefill work)."""
+        return self.num_uncomputed == 1 and self.num_output > 0
+
+    @property
+    def is_runnable(self) -> bool:
+        """Whether a further token may be drawn; false once the tokens in flight reach the limit."""
+        return self.status is not Status.FINISHED and self.num_output < self.request.max_tokens
+
+    def advance(self, length: int, samples: bool) -> None:
+        """Records that a step with the next `length` tokens is being launched."""
+        self.num_computed += length
+        self.num_in_flight += samples
+
+    def commit(self, token: int) -> None:
+        """Makes the oldest token in flight known to the host."""
+        self.num_in_flight -= 1
+        self.tokens.append(token)
+
+    def preempt(self) -> None:
+        """Forgets what is computed; tokens are kept and computed again later."""
+        self.num_computed = 0
+        self.row = None
+        self.num_preemptions += 1
+        self.status = Status.WAITING
+
+    def finish(self, reason: FinishReason) -> None:
+        self.status = Status.FINISHED
+        self.finish_reason = reason
