@@ -1,0 +1,85 @@
+"""The whole model: embedding, layers of one architecture, last norm, head."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sarathi_jax.config import ModelConfig
+from sarathi_jax.models.decoder import DecoderLayer
+from sarathi_jax.models.falcon import FalconLayer
+from sarathi_jax.models.layers import (
+    Attend,
+    Embedding,
+    LayerNorm,
+    LayerState,
+    Linear,
+    RMSNorm,
+    product,
+    rotation_table,
+)
+
+
+class LanguageModel(nnx.Module):
+    """A decoder-only model. Layers are unrolled: a scan over stacked layers copies each layer's weights on CPU."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype):
+        layer_type, norm_type = (FalconLayer, LayerNorm) if config.architecture == "falcon" else (DecoderLayer, RMSNorm)
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype)
+        self.layers = nnx.List([layer_type(config, dtype) for _ in range(config.num_layers)])
+        self.norm = norm_type(config.hidden_size, config.norm_eps, dtype)
+        self.head = None if config.tie_embeddings else Linear((config.vocab_size, config.hidden_size), dtype)
+
+    def hidden(
+        self, tokens: jax.Array, positions: jax.Array, attend: Attend, state: list[LayerState]
+    ) -> tuple[jax.Array, list[LayerState]]:
+        """Everything but the head.
+
+        Args:
+          tokens: i32[T].
+          positions: i32[T], index of each token in its sequence.
+          attend: attention with whatever cache and mask it owns.
+          state: what `attend` keeps, one entry a layer.
+
+        Returns:
+          f32[T, E] after the last norm, and the new state.
+        """
+        x, rotation = self.embed(tokens), rotation_table(self.config, positions)
+        new_state = []
+        for i, layer in enumerate(self.layers):
+            x, layer_state = layer(x, rotation, attend, i, state[i])
+            new_state.append(layer_state)
+        return self.norm(x), new_state
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Maps f32[T, E] to f32[T, V]."""
+        return product(hidden, self.embed.weight[...]) if self.head is None else self.head(hidden)
+
+
+class ModelFunction:
+    """A model as a pure function of its parameters, a flat dict by dotted path: NNX stays inside this package.
+
+    Args:
+      config: the model.
+      dtype: of its parameters.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype):
+        self._graph, state = nnx.split(nnx.eval_shape(lambda: LanguageModel(config, dtype)))
+        self._leaves = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
+
+    @property
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Dotted path -> shape and dtype of every parameter."""
+        return {name: leaf.get_value() for name, (_, leaf) in self._leaves.items()}
+
+    def bind(self, params: Mapping[str, jax.Array]) -> LanguageModel:
+        """The model with these parameters; call it inside a traced function.
+
+        Args:
+          params: dotted path -> array, as `shapes`.
+        """
+        flat = [(path, leaf.replace(params[name])) for name, (path, leaf) in self._leaves.items()]
+        return nnx.merge(self._graph, nnx.from_flat_state(flat))
