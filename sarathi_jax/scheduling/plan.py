@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
@@ -63,3 +64,59 @@ class StepResult:
     prompt_logprobs: np.ndarray | None = None
     prompt_top_ids: np.ndarray | None = None
     prompt_top_logprobs: np.ndarray | None = None
+
+
+class TokenBudget:
+    """Tokens that may still go into a step; never negative.
+
+    Args:
+      limit: tokens of the step (the paper's tau, section 4.3).
+    """
+
+    def __init__(self, limit: int):
+        self.left = max(0, limit)
+
+    def take(self, wanted: int) -> int:
+        """Takes up to `wanted` tokens and returns how many there were."""
+        taken = max(0, min(wanted, self.left))
+        self.left -= taken
+        return taken
+
+
+Chooser = Callable[[int, int], int]
+"""``(num_decodes, num_prefill_tokens) -> limit`` of the step's `TokenBudget`.
+
+The scheduler clamps the limit to the largest bucket and runs every decode whatever the limit is, so a limit of at most
+`num_decodes` keeps prefills out of the step; a step without decodes gets at least the smallest bucket.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class FillToEdge:
+    """Chooses the bucket by demand: pad a nearly full step, else fill the next lower bucket exactly to its edge.
+
+    What does not fit into the lower bucket follows in the next step, so padding becomes prefill work. The higher
+    bucket is used where the demand fills `min_fill` of it, and where the decodes would leave the lower bucket room for
+    less than half of the prefill, which would then drip into many steps.
+
+    Attributes:
+      buckets: compiled step sizes, ascending.
+      min_fill: share of a bucket from which padding it is better than a step more.
+      flat_tokens: buckets up to this size are padded always: so small a step reads every weight for a few tokens, so
+        that its time hardly depends on their number and a step more costs as much as the padding of many.
+    """
+
+    buckets: tuple[int, ...]
+    min_fill: float = 0.75
+    flat_tokens: int = 64
+
+    def __call__(self, num_decodes: int, num_prefill_tokens: int) -> int:
+        demand = num_decodes + num_prefill_tokens
+        index = bisect.bisect_left(self.buckets, demand)
+        if index == len(self.buckets):
+            return self.buckets[-1]
+        higher = self.buckets[index]
+        if index == 0 or higher <= self.flat_tokens or demand >= self.min_fill * higher:
+            return higher
+        lower = self.buckets[index - 1]
+        return lower if 2 * (lower - num_decodes) >= num_prefill_tokens else higher

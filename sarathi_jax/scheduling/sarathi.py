@@ -1,0 +1,281 @@
+"""Stall-free batching (Sarathi-Serve, Algorithm 3): every running decode, then prefill chunks, then new requests.
+
+Where the paper is silent (admission, preemption, the bucket of a step) see docs/decisions/scheduler.md.
+"""
+
+import bisect
+import heapq
+import math
+import operator
+
+from sarathi_jax.kv.blocks import BlockError, BlockPool, BlockTable
+from sarathi_jax.scheduling.plan import Chooser, Chunk, FillToEdge, StepPlan, TokenBudget
+from sarathi_jax.sequence import Sequence, Status
+
+ARRIVAL = operator.attrgetter("seq_id")
+WATERMARK_FRACTION = 0.01  # of the pool, kept free at admission for the growth of running decodes
+
+
+class SarathiScheduler:
+    """Decides what each step computes and which sequence owns which blocks and device row.
+
+    `schedule` may be called while earlier steps still run: it counts what they compute as done and the tokens they
+    draw as known, because the device runs steps in order.
+
+    Args:
+      pool: the blocks of the KV cache; every block of it that is out belongs to a running sequence.
+      block_size: tokens of a block.
+      buckets: compiled step sizes, ascending; the last is the largest step.
+      max_num_seqs: device rows, hence sequences that may run at once (at most the largest bucket do, so that every
+        decode always fits into it).
+      window: tokens that a query can see, itself included, or None for all of them; blocks that left it are freed.
+      max_model_len: longest prompt + output in tokens.
+      chooser: token limit of a step by its decodes and prefill demand; None: `FillToEdge(buckets)`.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        block_size: int,
+        buckets: tuple[int, ...],
+        max_num_seqs: int,
+        window: int | None,
+        max_model_len: int,
+        chooser: Chooser | None = None,
+    ):
+        self._pool = pool
+        self._block_size = block_size
+        self._buckets = buckets
+        self._max_running = min(max_num_seqs, buckets[-1])
+        self._window = window
+        self._max_model_len = max_model_len
+        self._chooser = chooser or FillToEdge(buckets)
+        self._watermark = math.ceil(WATERMARK_FRACTION * pool.num_total)
+        # Both in arrival order (seq_id), which is also the order in which preempted sequences come back.
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._tables: dict[int, BlockTable] = {}
+        self._free_rows = list(range(max_num_seqs))  # a heap: the lowest free row goes first
+
+    def __repr__(self) -> str:
+        return f"SarathiScheduler({self.num_running} running, {self.num_waiting} waiting, {self._pool})"
+
+    @property
+    def waiting(self) -> tuple[Sequence, ...]:
+        """Sequences not admitted yet or preempted, in arrival order. A copy: for its size use `num_waiting`."""
+        return tuple(self._waiting)
+
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        """Sequences that own a row, in arrival order. A copy: for its size use `num_running`."""
+        return tuple(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def table(self, seq_id: int) -> BlockTable:
+        """The blocks of a running sequence.
+
+        Raises:
+          KeyError: the sequence does not run.
+        """
+        return self._tables[seq_id]
+
+    def max_blocks(self, num_tokens: int) -> int:
+        """Most blocks that a sequence of `num_tokens` tokens holds at once, whatever its chunks.
+
+        With a window that is what the largest chunk and the keys its first query sees can touch.
+        """
+        num_blocks = -(-num_tokens // self._block_size)
+        if self._window is None:
+            return num_blocks
+        span = self._window - 1 + self._buckets[-1]
+        return min(num_blocks, -(-(span - 1) // self._block_size) + 1)
+
+    def add(self, seq: Sequence) -> None:
+        """Queues a new sequence.
+
+        Raises:
+          ValueError: it could never finish: too long for the model, or for the whole pool.
+        """
+        length = seq.num_prompt + seq.request.max_tokens
+        if length > self._max_model_len:
+            raise ValueError(f"prompt and output of {length} tokens exceed max_model_len={self._max_model_len}")
+        num_blocks = self.max_blocks(length - 1)  # the last token drawn is never computed
+        if num_blocks > self._pool.num_total:
+            raise ValueError(
+                f"a sequence of {length} tokens needs {num_blocks} blocks of the KV cache, which has "
+                f"{self._pool.num_total}: ask for fewer tokens or make the cache larger"
+            )
+        bisect.insort(self._waiting, seq, key=ARRIVAL)
+
+    def remove(self, seq: Sequence) -> None:
+        """Forgets a sequence that finished or was aborted, at any moment, and frees its blocks and row.
+
+        Removing one that is not here does nothing.
+        """
+        if seq.seq_id in self._tables:
+            _discard(self._running, seq)
+            self._give_back(seq)
+            seq.row = None
+        else:
+            _discard(self._waiting, seq)
+
+    def schedule(self) -> StepPlan | None:
+        """Plans the next step and records its launch in the sequences, so the plan must be launched.
+
+        Returns:
+          The plan, or None if no sequence can run before a step in flight is committed or a request arrives.
+        """
+        live = self._live()
+        preempted: list[int] = []
+        decodes, prefills = self._plan_decodes(live, preempted)
+        if not decodes:
+            self._unblock(prefills, preempted)
+        # Without blocks for everyone who runs there are none for newcomers, the preempted ones first of all.
+        newcomers = [] if preempted else self._admissible(prefills, len(decodes))
+
+        demand = sum(self._room(seq) for seq in prefills) + sum(seq.num_uncomputed for seq in newcomers)
+        limit = max(self._chooser(len(decodes), demand), len(decodes), self._buckets[0])
+        budget = TokenBudget(min(limit, self._buckets[-1]))
+        budget.take(len(decodes))
+        chunks: list[Chunk] = []
+        for seq in prefills:
+            self._plan_prefill(seq, budget, chunks)
+        for seq in newcomers:
+            if not budget.left:
+                break
+            self._admit(seq)
+            self._plan_prefill(seq, budget, chunks)
+
+        # The last token of a prompt alone in its chunk has the form of a decode: it goes with them.
+        decodes += [chunk for chunk in chunks if chunk.length == 1 and chunk.samples]
+        chunks = [chunk for chunk in chunks if chunk.length > 1 or not chunk.samples]
+        if not decodes and not chunks:
+            return None
+        num_tokens = len(decodes) + sum(chunk.length for chunk in chunks)
+        bucket = self._buckets[bisect.bisect_left(self._buckets, num_tokens)]
+        return StepPlan((*decodes, *chunks), bucket, len(decodes), tuple(preempted))
+
+    def _live(self) -> list[Sequence]:
+        """The running sequences that go on, in arrival order, after freeing all blocks that nobody will read."""
+        live = []
+        for seq in self._running:
+            if not seq.is_runnable:
+                self._tables[seq.seq_id].release()  # its last token is drawn and only waits for its commit
+                continue
+            if self._window is not None:
+                self._tables[seq.seq_id].release_before(seq.num_computed - self._window + 1)
+            live.append(seq)
+        return live
+
+    def _plan_decodes(self, live: list[Sequence], preempted: list[int]) -> tuple[list[Chunk], list[Sequence]]:
+        """Plans every decode of `live` and preempts from its end where blocks lack.
+
+        Victims come from the end and decodes are planned from the front, so nothing planned is ever preempted.
+
+        Returns:
+          The chunks and the unfinished prefills that are left.
+        """
+        chunks, prefills = [], []
+        index = 0
+        while index < len(live):
+            seq = live[index]
+            index += 1
+            if not seq.is_decode:
+                prefills.append(seq)
+                continue
+            table = self._tables[seq.seq_id]
+            while not table.ensure(seq.num_computed + 1):
+                victim = live.pop()
+                self._preempt(victim, preempted, alone=not live)
+                if victim is seq:
+                    break
+            else:
+                chunks.append(Chunk(seq.seq_id, seq.num_computed, 1, True))
+                seq.advance(1, True)
+        return chunks, prefills
+
+    def _unblock(self, prefills: list[Sequence], preempted: list[int]) -> None:
+        """Preempts the latest of the prefills until another one can go on, where nothing else runs."""
+        while prefills and not any(self._room(seq) for seq in prefills):
+            victim = prefills.pop()
+            self._preempt(victim, preempted, alone=not prefills)
+
+    def _admissible(self, prefills: list[Sequence], num_decodes: int) -> list[Sequence]:
+        """The waiting sequences that could start now, first come first served, as far as a step can use them.
+
+        A sequence starts only if all its known tokens fit beside what the prefills that run still need.
+        """
+        num_spare = self._pool.num_free - sum(self._blocks_missing(seq) for seq in prefills)
+        num_rows = self._max_running - len(self._running)
+        num_tokens = self._buckets[-1] - num_decodes - sum(seq.num_uncomputed for seq in prefills)
+        newcomers: list[Sequence] = []
+        for seq in self._waiting:
+            # A preempted sequence's token in flight lives in a row that it lost: wait until the host knows it.
+            if num_tokens <= 0 or len(newcomers) == num_rows or seq.num_in_flight:
+                break
+            num_blocks = self.max_blocks(seq.num_tokens)
+            is_alone = not self._running and not newcomers
+            if num_spare < num_blocks + (0 if is_alone else self._watermark):
+                break
+            num_spare -= num_blocks
+            num_tokens -= seq.num_uncomputed
+            newcomers.append(seq)
+        return newcomers
+
+    def _plan_prefill(self, seq: Sequence, budget: TokenBudget, chunks: list[Chunk]) -> None:
+        """Plans the next chunk of a prefill, as long as budget and blocks allow; none if they allow nothing."""
+        length = budget.take(self._room(seq))
+        if not length:
+            return
+        start, end = seq.num_computed, seq.num_computed + length
+        self._tables[seq.seq_id].ensure(end)
+        samples = end == seq.num_tokens
+        chunks.append(Chunk(seq.seq_id, start, length, samples))
+        seq.advance(length, samples)
+
+    def _room(self, seq: Sequence) -> int:
+        """Tokens of a running prefill that the blocks free now can take."""
+        return min(seq.num_uncomputed, self._tables[seq.seq_id].max_tokens - seq.num_computed)
+
+    def _blocks_missing(self, seq: Sequence) -> int:
+        """Blocks that a running prefill still takes from the pool before its known tokens are computed."""
+        table = self._tables[seq.seq_id]
+        missing = table.blocks_needed(seq.num_tokens)
+        return missing if self._window is None else min(missing, self.max_blocks(seq.num_tokens) - table.num_owned)
+
+    def _admit(self, seq: Sequence) -> None:
+        _discard(self._waiting, seq)
+        bisect.insort(self._running, seq, key=ARRIVAL)
+        self._tables[seq.seq_id] = BlockTable(self._pool, self._block_size)
+        seq.row = heapq.heappop(self._free_rows)
+        seq.status = Status.RUNNING
+
+    def _preempt(self, seq: Sequence, preempted: list[int], alone: bool) -> None:
+        """Takes a sequence's blocks and row; it is computed again later, from its first token."""
+        if alone:
+            raise BlockError(f"{seq} runs alone and {self._pool} cannot hold it: `add` should have refused it")
+        _discard(self._running, seq)
+        self._give_back(seq)
+        seq.preempt()
+        bisect.insort(self._waiting, seq, key=ARRIVAL)
+        preempted.append(seq.seq_id)
+
+    def _give_back(self, seq: Sequence) -> None:
+        self._tables.pop(seq.seq_id).release()
+        assert seq.row is not None
+        heapq.heappush(self._free_rows, seq.row)
+
+
+def _discard(queue: list[Sequence], seq: Sequence) -> None:
+    """Removes `seq` from a queue in arrival order, if it is there."""
+    index = bisect.bisect_left(queue, seq.seq_id, key=ARRIVAL)
+    if index < len(queue) and queue[index] is seq:
+        del queue[index]
