@@ -1,0 +1,76 @@
+# The project's commands. `make run` and `make test` set everything up by themselves; `make help` lists the rest.
+#   PYTHON=/path/to/python3.13   another Python than the one that scripts/find_python.sh finds (its own environment)
+#   PROMPT="..."                 what `make run` continues
+#   ARGS="..."                   further arguments of pytest, or of `make lock`
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?=
+ARGS ?=
+PROMPT ?= In the beginning
+VENV := $(if $(PYTHON),.venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'),.venv)
+PYTEST := -m pytest -n 2 --dist worksteal
+
+.PHONY: help
+help:  ## lists the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
+
+.PHONY: run
+run: $(VENV)/.ready  ## generates text from the shipped checkpoint
+	$(VENV)/bin/python main.py generate --prompt "$(PROMPT)" --max_tokens 128 --temperature 0.8 --seed 7
+
+.PHONY: test
+test: $(VENV)/.ready  ## everything that needs no torch and no GPU
+	$(VENV)/bin/python $(PYTEST) $(ARGS)
+
+.PHONY: test-oracle
+test-oracle: $(VENV)/.ready .venv-oracle/.ready  ## compares live with Hugging Face transformers on CPU torch
+	SARATHI_ORACLE_PYTHON=$(CURDIR)/.venv-oracle/bin/python $(VENV)/bin/python -m pytest tests/oracle $(ARGS)
+
+.PHONY: test-jax
+test-jax:  ## the tests on another JAX: make test-jax JAX=0.11.2
+	@[ -n "$(JAX)" ] || { echo "which JAX? for example: make test-jax JAX=0.11.2" >&2; exit 2; }
+	$(MAKE) --no-print-directory $(VENV)-jax-$(JAX)/.ready
+	$(VENV)-jax-$(JAX)/bin/python $(PYTEST) $(ARGS)
+
+.PHONY: check
+check: $(VENV)/.ready-dev  ## lint, types, import order, fast tests: before every commit
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+	$(VENV)/bin/python $(PYTEST) -q -m "not slow" $(ARGS)
+
+.PHONY: format
+format: $(VENV)/.ready-dev  ## rewrites the code as `make check` wants it
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+.PHONY: hooks
+hooks: $(VENV)/.ready-dev  ## runs the lint before every git commit
+	$(VENV)/bin/pre-commit install
+
+.PHONY: lock
+lock:  ## writes the lock files anew; ARGS=--upgrade takes newer versions
+	scripts/lock.sh $(ARGS)
+
+.PHONY: clean
+clean:  ## removes the environments and caches
+	rm -rf .venv .venv-* build dist .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/.ready: requirements.lock pyproject.toml scripts/make_venv.sh
+	@scripts/make_venv.sh $(VENV) requirements.lock $(PYTHON)
+	@touch $@
+
+$(VENV)/.ready-dev: requirements-dev.lock $(VENV)/.ready
+	@scripts/make_venv.sh $(VENV) requirements-dev.lock $(PYTHON)
+	@touch $@
+
+$(VENV)-jax-%/.ready: requirements.lock pyproject.toml scripts/make_venv.sh
+	@scripts/make_venv.sh $(@D) requirements.lock $(PYTHON)
+	scripts/retry.sh $(@D)/bin/python -m pip install --quiet --disable-pip-version-check "jax==$*" "jaxlib==$*"
+	@touch $@
+
+.venv-oracle/.ready: scripts/make_oracle_venv.sh
+	@scripts/make_oracle_venv.sh .venv-oracle
+	@touch $@

@@ -1,0 +1,33 @@
+"""Shared set-up of the tests: one compilation cache for the whole run, on CPU."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Before anything imports jax. Workers of pytest-xdist inherit the environment, so one compiles for all.
+    if not hasattr(config, "workerinput") and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="sarathi-jax-test-cache-")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """Top of the checkout."""
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder of large reference data that lies beside some checkouts; tests that need it are skipped without it."""
+    path = REPO.parent / "shared"
+    if not path.is_dir():
+        pytest.skip("needs the reference data in ../shared, which this checkout does not have")
+    return path
