@@ -6,11 +6,12 @@ Missing fields take the defaults of the transformers library, since that is what
 """
 
 import logging
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from sarathi_jax.config import ConfigError, ModelConfig, RopeConfig
+from sarathi_jax.config import ConfigError, ModelConfig
+from sarathi_jax.weights.fields import count, flag, number
+from sarathi_jax.weights.hf_rope import rope_from_hf, rope_to_hf
 
 logger = logging.getLogger(__name__)
 
@@ -70,15 +71,6 @@ _NEUTRAL: dict[str, Any] = {
     "is_decoder": False,
     "tie_encoder_decoder": False,
 }
-_ROPE_KEYS = {
-    "default": frozenset(),
-    "linear": frozenset({"factor"}),
-    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
-    "yarn": frozenset(
-        {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale"}
-        | {"mscale_all_dim", "truncate"}
-    ),
-}
 
 
 def model_config_from_hf(fields: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
@@ -113,7 +105,7 @@ def model_config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "bos_token_id": config.bos_token_id,
         "eos_token_id": list(config.eos_token_ids) if len(config.eos_token_ids) != 1 else config.eos_token_ids[0],
         "rope_theta": config.rope.theta,
-        "rope_scaling": _rope_to_hf(config.rope),
+        "rope_scaling": rope_to_hf(config.rope),
     }
     return fields | (_falcon_to_hf(config) if config.architecture == "falcon" else _decoder_to_hf(config))
 
@@ -153,33 +145,33 @@ def _decoder(fields: Mapping[str, Any], generation: Mapping[str, Any] | None, ar
     if hidden_act != "silu":
         raise ConfigError(f"hidden_act={hidden_act!r} is not supported for {architecture} (only 'silu')")
     qwen2 = architecture == "Qwen2ForCausalLM"
-    biased_attention = _flag(fields, "attention_bias", False)
+    biased_attention = flag(fields, "attention_bias", False)
     if biased_attention and architecture not in ("LlamaForCausalLM", "Qwen3ForCausalLM"):
         raise ConfigError(f"attention_bias=True is not a field of {architecture}; its attention has fixed biases")
-    if _flag(fields, "mlp_bias", False) and architecture != "LlamaForCausalLM":
+    if flag(fields, "mlp_bias", False) and architecture != "LlamaForCausalLM":
         raise ConfigError(f"mlp_bias=True is not a field of {architecture}")
-    hidden_size = _count(fields, "hidden_size")
-    num_layers = _count(fields, "num_hidden_layers")
-    num_heads = _count(fields, "num_attention_heads")
-    rope, max_position = _rope(fields, _count(fields, "max_position_embeddings"))
+    hidden_size = count(fields, "hidden_size")
+    num_layers = count(fields, "num_hidden_layers")
+    num_heads = count(fields, "num_attention_heads")
+    rope, max_position = rope_from_hf(fields, count(fields, "max_position_embeddings"))
     return ModelConfig(
         architecture="decoder",
-        vocab_size=_count(fields, "vocab_size"),
+        vocab_size=count(fields, "vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=_count(fields, "intermediate_size"),
+        intermediate_size=count(fields, "intermediate_size"),
         num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=num_heads if fields.get("num_key_value_heads") is None else _count(fields, "num_key_value_heads"),
+        num_kv_heads=num_heads if fields.get("num_key_value_heads") is None else count(fields, "num_key_value_heads"),
         head_dim=_head_dim(fields, hidden_size, num_heads),
         max_position=max_position,
-        norm_eps=_number(fields, "rms_norm_eps", 1e-6),
+        norm_eps=number(fields, "rms_norm_eps", 1e-6),
         rope=rope,
         windows=_windows(fields, architecture, num_layers),
         qkv_bias=qwen2 or biased_attention,
         out_bias=biased_attention,
-        mlp_bias=_flag(fields, "mlp_bias", False),
+        mlp_bias=flag(fields, "mlp_bias", False),
         qk_norm=architecture == "Qwen3ForCausalLM",
-        tie_embeddings=_flag(fields, "tie_word_embeddings", False),
+        tie_embeddings=flag(fields, "tie_word_embeddings", False),
         bos_token_id=_bos(fields),
         eos_token_ids=_eos(fields, generation),
     )
@@ -190,10 +182,10 @@ def _windows(fields: Mapping[str, Any], architecture: str, num_layers: int) -> t
         if fields.get("sliding_window") is not None:
             raise ConfigError("sliding_window is not a field of LlamaForCausalLM; set it to null")
         return (None,) * num_layers
-    window = None if fields.get("sliding_window") is None else _count(fields, "sliding_window")
+    window = None if fields.get("sliding_window") is None else count(fields, "sliding_window")
     if architecture == "MistralForCausalLM":
         return (window,) * num_layers
-    if not _flag(fields, "use_sliding_window", False):
+    if not flag(fields, "use_sliding_window", False):
         return (None,) * num_layers
     layer_types = fields.get("layer_types")
     if layer_types is None:
@@ -210,21 +202,21 @@ def _falcon(fields: Mapping[str, Any], generation: Mapping[str, Any] | None) -> 
     # The first releases (RefinedWeb, RefinedWebModel) used the names of Bloom; RefinedWeb is the 40B layout.
     aliases = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "num_kv_heads": "n_head_kv"}
     fields = {**fields, **{new: fields[old] for new, old in aliases.items() if old in fields and new not in fields}}
-    if not _flag(fields, "parallel_attn", True):
+    if not flag(fields, "parallel_attn", True):
         raise ConfigError("parallel_attn=false is not supported: only Falcon models with parallel attention and MLP")
-    if _flag(fields, "alibi", False):
+    if flag(fields, "alibi", False):
         raise ConfigError("alibi=true is not supported: only Falcon models with rotary positions")
     activation = fields.get("activation", "gelu")
     if activation != "gelu":
         raise ConfigError(f"activation={activation!r} is not supported for Falcon (only 'gelu')")
-    hidden_size = _count(fields, "hidden_size")
-    num_layers = _count(fields, "num_hidden_layers")
-    num_heads = _count(fields, "num_attention_heads")
-    new_layout = _flag(fields, "new_decoder_architecture", fields.get("model_type") == "RefinedWeb")
-    if not new_layout and _flag(fields, "multi_query", True):
+    hidden_size = count(fields, "hidden_size")
+    num_layers = count(fields, "num_hidden_layers")
+    num_heads = count(fields, "num_attention_heads")
+    new_layout = flag(fields, "new_decoder_architecture", fields.get("model_type") == "RefinedWeb")
+    if not new_layout and flag(fields, "multi_query", True):
         num_kv_heads = 1
     else:
-        num_kv_heads = num_heads if fields.get("num_kv_heads") is None else _count(fields, "num_kv_heads")
+        num_kv_heads = num_heads if fields.get("num_kv_heads") is None else count(fields, "num_kv_heads")
     if not new_layout and num_kv_heads not in (1, num_heads):
         raise ConfigError(
             f"num_kv_heads={num_kv_heads} needs new_decoder_architecture=true (the old layout has 1 or {num_heads})"
@@ -234,105 +226,33 @@ def _falcon(fields: Mapping[str, Any], generation: Mapping[str, Any] | None) -> 
         raise ConfigError(
             f"num_ln_in_parallel_attn={num_norms!r} with new_decoder_architecture={new_layout} is not supported"
         )
-    bias = _flag(fields, "bias", False)
-    rope, max_position = _rope(fields, _count({"max_position_embeddings": 2048, **fields}, "max_position_embeddings"))
+    bias = flag(fields, "bias", False)
+    rope, max_position = rope_from_hf(
+        fields, count({"max_position_embeddings": 2048, **fields}, "max_position_embeddings")
+    )
     return ModelConfig(
         architecture="falcon",
-        vocab_size=_count(fields, "vocab_size"),
+        vocab_size=count(fields, "vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=(
-            4 * hidden_size if fields.get("ffn_hidden_size") is None else _count(fields, "ffn_hidden_size")
+            4 * hidden_size if fields.get("ffn_hidden_size") is None else count(fields, "ffn_hidden_size")
         ),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=_head_dim({}, hidden_size, num_heads),
         max_position=max_position,
-        norm_eps=_number(fields, "layer_norm_epsilon", 1e-5),
+        norm_eps=number(fields, "layer_norm_epsilon", 1e-5),
         rope=rope,
         windows=(None,) * num_layers,
         qkv_bias=bias,
         out_bias=bias,
         mlp_bias=bias,
-        tie_embeddings=_flag(fields, "tie_word_embeddings", True),
+        tie_embeddings=flag(fields, "tie_word_embeddings", True),
         num_parallel_norms=num_norms,
         bos_token_id=_bos(fields),
         eos_token_ids=_eos(fields, generation),
     )
-
-
-def _rope(fields: Mapping[str, Any], max_position: int) -> tuple[RopeConfig, int]:
-    """The rotary embedding, and the context length once stretched by it (tokens)."""
-    merged = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
-    if any(isinstance(value, Mapping) for value in merged.values()):
-        raise ConfigError(f"rope_parameters={merged!r}: one set for all layers is supported, not one a layer type")
-    theta = _number(merged if "rope_theta" in merged else fields, "rope_theta", 10000.0)
-    kind = merged.get("rope_type", merged.get("type", "default"))
-    if kind not in _ROPE_KEYS:
-        raise ConfigError(f"rope scaling {kind!r} is not supported; supported: {', '.join(sorted(_ROPE_KEYS))}")
-    if merged.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(f"partial_rotary_factor={merged['partial_rotary_factor']!r} is not supported (only 1.0)")
-    neutral = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    unknown = sorted(set(merged) - _ROPE_KEYS[kind] - neutral)
-    if unknown and kind != "default":
-        raise ConfigError(f"rope scaling {kind!r} has fields that are not known: {', '.join(unknown)}")
-    if kind == "default":
-        return RopeConfig(theta=theta), max_position
-    if kind == "linear":
-        return RopeConfig(theta=theta, scaling="linear", factor=_number(merged, "factor")), max_position
-    if kind == "llama3":
-        rope = RopeConfig(
-            theta=theta,
-            scaling="llama3",
-            factor=_number(merged, "factor"),
-            original_max_position=_count(merged, "original_max_position_embeddings"),
-            low_freq_factor=_number(merged, "low_freq_factor"),
-            high_freq_factor=_number(merged, "high_freq_factor"),
-        )
-        if rope.high_freq_factor <= rope.low_freq_factor:
-            raise ConfigError(f"llama3 rope: high_freq_factor must exceed low_freq_factor, got {merged!r}")
-        return rope, max_position
-    original = _count({"original_max_position_embeddings": max_position, **merged}, "original_max_position_embeddings")
-    factor = max_position / original if merged.get("factor") is None else _number(merged, "factor")
-    rope = RopeConfig(
-        theta=theta,
-        scaling="yarn",
-        factor=factor,
-        original_max_position=original,
-        beta_fast=_number(merged, "beta_fast", 32.0),
-        beta_slow=_number(merged, "beta_slow", 1.0),
-        attention_factor=_yarn_attention_factor(merged, factor),
-        truncate=_flag(merged, "truncate", True),
-    )
-    return rope, max(max_position, int(original * factor))
-
-
-def _yarn_attention_factor(fields: Mapping[str, Any], factor: float) -> float | None:
-    """``attention_factor``, or the quotient that ``mscale`` and ``mscale_all_dim`` stand for (YaRN, section 3.4)."""
-    if fields.get("attention_factor") is not None:
-        return _number(fields, "attention_factor")
-    scales = [fields.get("mscale"), fields.get("mscale_all_dim")]
-    if not any(scales):
-        return None
-    if not all(scales):
-        raise ConfigError("yarn rope: mscale and mscale_all_dim are supported together, not one alone")
-    over, under = (0.1 * _number(fields, key) * math.log(max(factor, 1.0)) + 1 for key in ("mscale", "mscale_all_dim"))
-    return over / under
-
-
-def _rope_to_hf(rope: RopeConfig) -> dict[str, Any] | None:
-    if rope.scaling is None:
-        return None
-    fields: dict[str, Any] = {"rope_type": rope.scaling, "factor": rope.factor}
-    if rope.scaling != "linear":
-        fields["original_max_position_embeddings"] = rope.original_max_position
-    if rope.scaling == "llama3":
-        fields |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
-    if rope.scaling == "yarn":
-        fields |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
-        if rope.attention_factor is not None:
-            fields["attention_factor"] = rope.attention_factor
-    return fields
 
 
 def _decoder_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -396,7 +316,7 @@ def _falcon_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 def _head_dim(fields: Mapping[str, Any], hidden_size: int, num_heads: int) -> int:
     if fields.get("head_dim") is not None:
-        head_dim = _count(fields, "head_dim")
+        head_dim = count(fields, "head_dim")
     elif hidden_size % num_heads:
         raise ConfigError(
             f"hidden_size={hidden_size} is not a multiple of num_attention_heads={num_heads} and head_dim is not given"
@@ -426,31 +346,4 @@ def _bos(fields: Mapping[str, Any]) -> int | None:
     value = fields.get("bos_token_id")
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
         raise ConfigError(f"bos_token_id={value!r} must be a token id or null")
-    return value
-
-
-def _required(fields: Mapping[str, Any], key: str) -> Any:
-    if fields.get(key) is None:
-        raise ConfigError(f"config.json lacks the field {key!r}")
-    return fields[key]
-
-
-def _count(fields: Mapping[str, Any], key: str) -> int:
-    value = _required(fields, key)
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ConfigError(f"{key}={value!r} must be a positive integer")
-    return value
-
-
-def _number(fields: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    value = default if default is not None and fields.get(key) is None else _required(fields, key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
-        raise ConfigError(f"{key}={value!r} must be a positive number")
-    return float(value)
-
-
-def _flag(fields: Mapping[str, Any], key: str, default: bool) -> bool:
-    value = default if fields.get(key) is None else fields[key]
-    if not isinstance(value, bool):
-        raise ConfigError(f"{key}={value!r} must be true or false")
     return value
