@@ -86,8 +86,8 @@ class TokenBudget:
 Chooser = Callable[[int, int], int]
 """``(num_decodes, num_prefill_tokens) -> limit`` of the step's `TokenBudget`.
 
-The scheduler clamps the limit to the largest bucket and runs every decode whatever the limit is, so a limit of at most
-`num_decodes` keeps prefills out of the step; a step without decodes gets at least the smallest bucket.
+The scheduler clamps it to the range of the buckets and runs every decode whatever it is: a limit of at most
+`num_decodes` keeps prefills out of the step, except from the padding of the smallest bucket.
 """
 
 

@@ -136,14 +136,12 @@ class SarathiScheduler:
         live = self._live()
         preempted: list[int] = []
         decodes, prefills = self._plan_decodes(live, preempted)
-        if not decodes:
-            self._unblock(prefills, preempted)
         # Without blocks for everyone who runs there are none for newcomers, the preempted ones first of all.
         newcomers = [] if preempted else self._admissible(prefills, len(decodes))
 
         demand = sum(self._room(seq) for seq in prefills) + sum(seq.num_uncomputed for seq in newcomers)
-        limit = max(self._chooser(len(decodes), demand), len(decodes), self._buckets[0])
-        budget = TokenBudget(min(limit, self._buckets[-1]))
+        limit = self._chooser(len(decodes), demand)
+        budget = TokenBudget(max(self._buckets[0], min(limit, self._buckets[-1])))
         budget.take(len(decodes))
         chunks: list[Chunk] = []
         for seq in prefills:
@@ -193,8 +191,11 @@ class SarathiScheduler:
                 continue
             table = self._tables[seq.seq_id]
             while not table.ensure(seq.num_computed + 1):
+                if len(live) == 1:
+                    raise BlockError(f"{seq} runs alone and {self._pool} cannot hold it: are blocks leaking?")
                 victim = live.pop()
-                self._preempt(victim, preempted, alone=not live)
+                self._preempt(victim)
+                preempted.append(victim.seq_id)
                 if victim is seq:
                     break
             else:
@@ -202,16 +203,11 @@ class SarathiScheduler:
                 seq.advance(1, True)
         return chunks, prefills
 
-    def _unblock(self, prefills: list[Sequence], preempted: list[int]) -> None:
-        """Preempts the latest of the prefills until another one can go on, where nothing else runs."""
-        while prefills and not any(self._room(seq) for seq in prefills):
-            victim = prefills.pop()
-            self._preempt(victim, preempted, alone=not prefills)
-
     def _admissible(self, prefills: list[Sequence], num_decodes: int) -> list[Sequence]:
         """The waiting sequences that could start now, first come first served, as far as a step can use them.
 
-        A sequence starts only if all its known tokens fit beside what the prefills that run still need.
+        A sequence starts only if all its known tokens fit beside what the prefills that run still need. So once no
+        decode is left, every prefill finds its blocks: prefills never wait for each other, and need not preempt.
         """
         num_spare = self._pool.num_free - sum(self._blocks_missing(seq) for seq in prefills)
         num_rows = self._max_running - len(self._running)
@@ -258,15 +254,12 @@ class SarathiScheduler:
         seq.row = heapq.heappop(self._free_rows)
         seq.status = Status.RUNNING
 
-    def _preempt(self, seq: Sequence, preempted: list[int], alone: bool) -> None:
+    def _preempt(self, seq: Sequence) -> None:
         """Takes a sequence's blocks and row; it is computed again later, from its first token."""
-        if alone:
-            raise BlockError(f"{seq} runs alone and {self._pool} cannot hold it: `add` should have refused it")
         _discard(self._running, seq)
         self._give_back(seq)
         seq.preempt()
         bisect.insort(self._waiting, seq, key=ARRIVAL)
-        preempted.append(seq.seq_id)
 
     def _give_back(self, seq: Sequence) -> None:
         self._tables.pop(seq.seq_id).release()

@@ -1,0 +1,181 @@
+"""Schedules small enough to read, drawn as timelines, and what the scheduler refuses."""
+
+import pytest
+from drive import Arrival, Case, Drive, make_sequence
+
+from sarathi_jax.kv.blocks import BlockError, BlockPool
+from sarathi_jax.scheduling.plan import FillToEdge
+from sarathi_jax.scheduling.sarathi import SarathiScheduler
+
+
+def timeline(case: Case) -> str:
+    """One line a sequence, one column a step: tokens of a prefill chunk, d: a decode, x: preempted, .: nothing."""
+    drive = Drive(case).run()
+    steps = [plan for plan in drive.plans if plan is not None]
+    lines = ["bucket " + "".join(f"{plan.bucket:3}" for plan in steps)]
+    for seq_id, seq in drive.seqs.items():
+        line = f"seq {seq_id}  "
+        for plan in steps:
+            chunk = next((chunk for chunk in plan.chunks if chunk.seq_id == seq_id), None)
+            is_decode = chunk is not None and chunk.length == 1 and chunk.start >= seq.num_prompt
+            cell = "x" if seq_id in plan.preempted else "." if chunk is None else "d" if is_decode else chunk.length
+            line += f"{cell:>3}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def drawn(text: str) -> str:
+    return "\n".join(line.strip() for line in text.strip().splitlines())
+
+
+EXACT = FillToEdge((4, 8, 16), flat_tokens=0)
+
+
+def test_a_long_prompt_never_stalls_a_decode():
+    # 16 tokens a step: the decode of 0 and 15 of prompt 1; request 2 fills what prompt 1 leaves, to the edge.
+    case = Case((Arrival(6, 8), Arrival(40, 2, step=3), Arrival(9, 3, step=4)), num_blocks=64)
+    assert timeline(case) == drawn("""
+        bucket   8  4  4 16 16 16  8  4  4
+        seq 0    6  d  d  d  d  d  d  d  .
+        seq 1    .  .  . 15 15 10  d  .  .
+        seq 2    .  .  .  .  .  5  4  d  d
+    """)
+
+
+def test_a_lower_bucket_is_filled_to_its_edge():
+    # 1 decode + 10 prompt tokens are 11 of 16: less than 3/4, so 8 exactly and the rest next.
+    case = Case((Arrival(3, 5), Arrival(10, 2, step=1)), num_blocks=64, chooser=EXACT)
+    assert timeline(case) == drawn("""
+        bucket   4  8  4  4  4
+        seq 0    3  d  d  d  d
+        seq 1    .  7  3  d  .
+    """)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_out_of_blocks_preempts_the_latest_arrival(overlap):
+    # 4 blocks of 4 tokens: at step 5 sequence 0 wants its third, and 1 has two. 1 comes back once 0 has ended and
+    # computes its prompt and the five tokens it had drawn again, in one chunk that draws the sixth.
+    case = Case((Arrival(3, 9), Arrival(4, 6)), num_blocks=4, overlap=overlap)
+    assert timeline(case) == drawn("""
+        bucket   8  4  4  4  4  4  4  4  4 16
+        seq 0    3  d  d  d  d  d  d  d  d  .
+        seq 1    4  d  d  d  d  x  .  .  .  9
+    """)
+
+
+def test_rows_limit_admission_and_order_is_kept():
+    case = Case(tuple(Arrival(2, 3) for _ in range(5)), num_blocks=64, buckets=(2, 4), max_num_seqs=2)
+    assert timeline(case) == drawn("""
+        bucket   4  2  2  4  2  2  2  2  2
+        seq 0    2  d  d  .  .  .  .  .  .
+        seq 1    2  d  d  .  .  .  .  .  .
+        seq 2    .  .  .  2  d  d  .  .  .
+        seq 3    .  .  .  2  d  d  .  .  .
+        seq 4    .  .  .  .  .  .  2  d  d
+    """)
+
+
+def test_a_window_serves_prompts_longer_than_the_cache():
+    # 5 blocks of 4 tokens hold 20; a window of 6 and chunks of 8 touch at most 4 blocks at once.
+    case = Case((Arrival(30, 4), Arrival(12, 3)), num_blocks=5, window=6, buckets=(4, 8))
+    assert timeline(case) == drawn("""
+        bucket   8  8  8  8  4  4  4  8  4  4  4
+        seq 0    8  8  8  6  d  d  d  .  .  .  .
+        seq 1    .  .  .  .  .  .  .  8  4  d  d
+    """)
+
+
+def test_a_stop_is_seen_one_step_late_with_overlap():
+    arrivals = (Arrival(4, 9, stops_at=2), Arrival(4, 2, step=1))
+    assert timeline(Case(arrivals, num_blocks=64)) == drawn("""
+        bucket   4  8  4
+        seq 0    4  d  .
+        seq 1    .  4  d
+    """)
+    assert timeline(Case(arrivals, num_blocks=64, overlap=True)) == drawn("""
+        bucket   4  8  4
+        seq 0    4  d  d
+        seq 1    .  4  d
+    """)
+
+
+def scheduler_of(num_blocks: int, **changes) -> SarathiScheduler:
+    options = {"block_size": 4, "buckets": (4, 16), "max_num_seqs": 4, "window": None, "max_model_len": 64}
+    return SarathiScheduler(BlockPool(num_blocks), **(options | changes))
+
+
+def test_nothing_to_do():
+    scheduler = scheduler_of(8)
+    assert scheduler.schedule() is None
+    scheduler.remove(make_sequence(7, 4, 4))
+    seq = make_sequence(0, 4, 1)
+    scheduler.add(seq)
+    assert scheduler.schedule() is not None
+    assert scheduler.schedule() is None, "its only token is in flight"
+    assert (scheduler.num_running, scheduler.num_waiting, scheduler.running) == (1, 0, (seq,))
+
+
+def test_what_can_never_run_is_refused():
+    scheduler = scheduler_of(8)
+    scheduler.add(make_sequence(0, 30, 3))  # 32 tokens are computed, the 33rd is only drawn
+    with pytest.raises(ValueError, match="needs 9 blocks of the KV cache, which has 8"):
+        scheduler.add(make_sequence(1, 30, 4))
+    with pytest.raises(ValueError, match="65 tokens exceed max_model_len=64"):
+        scheduler.add(make_sequence(2, 60, 5))
+    assert scheduler.num_waiting == 1
+    windowed = scheduler_of(8, window=5)
+    assert windowed.max_blocks(64) == 6  # 4 tokens before a chunk of 16, at the worst alignment
+    windowed.add(make_sequence(3, 60, 4))
+
+
+def test_leaking_blocks_are_an_error_not_a_hang():
+    pool = BlockPool(2)
+    scheduler = SarathiScheduler(
+        pool, block_size=4, buckets=(4,), max_num_seqs=1, window=None, max_model_len=8, chooser=None
+    )
+    scheduler.add(make_sequence(0, 4, 4))
+    scheduler.schedule()
+    pool.allocate(1)
+    with pytest.raises(BlockError, match="leaking"):
+        scheduler.schedule()
+
+
+def test_a_free_row_is_used_again_lowest_first():
+    scheduler = scheduler_of(64)
+    seqs = [make_sequence(i, 1, 9) for i in range(6)]
+    for seq in seqs:
+        scheduler.add(seq)
+    scheduler.schedule()
+    assert [seq.row for seq in seqs] == [0, 1, 2, 3, None, None]
+    scheduler.remove(seqs[2])
+    scheduler.remove(seqs[0])
+    scheduler.schedule()
+    assert [seq.row for seq in seqs] == [None, 1, None, 3, 0, 2]
+
+
+@pytest.mark.parametrize(("smallest", "expected"), [(1, [[1], [1], [1]]), (4, [[3, 1], [1, 2], [1, 1]])])
+def test_a_limit_below_the_decodes_holds_back_prefills_only(smallest, expected):
+    scheduler = scheduler_of(64, buckets=(smallest, 16), chooser=lambda num_decodes, num_prefill_tokens: 0)
+    scheduler.add(make_sequence(0, min(smallest, 3), 9))
+    scheduler.add(make_sequence(1, 3, 9))
+    plans = [scheduler.schedule() for _ in expected]
+    assert [[chunk.length for chunk in plan.chunks] for plan in plans if plan] == expected
+
+
+def test_admission_reserves_what_running_prefills_still_need():
+    # 10 blocks, one kept free: prompt 0 will need 6 of them, so prompt 1 (4 blocks) waits although 6 are free now.
+    scheduler = scheduler_of(10)
+    first, second = make_sequence(0, 24, 2), make_sequence(1, 16, 2)
+    scheduler.add(first)
+    scheduler.add(second)
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert [(chunk.seq_id, chunk.length) for chunk in plan.chunks] == [(0, 16)]
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert [(chunk.seq_id, chunk.length) for chunk in plan.chunks] == [(0, 8)]
+    scheduler.remove(first)
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert [(chunk.seq_id, chunk.length) for chunk in plan.chunks] == [(1, 16)]
