@@ -1,0 +1,158 @@
+"""Writes what comes after a prompt, or answers a file of prompts.
+
+One prompt, from a flag, a file or a pipe; the text streams to stdout as it is made:
+  PROGRAM generate --prompt "In the beginning"
+  PROGRAM generate --prompt_file story.txt --max_tokens 400 --temperature 0.7 --top_p 0.95
+  echo "And it came to pass" | PROGRAM generate --seed 1 --n 3
+
+Several prompts, served together; one JSON object each with token ids, finish reason and times:
+  PROGRAM generate --prompt "In the beginning" --prompt "And it came to pass" --json
+
+A model of your own: a Hugging Face folder (config.json, *.safetensors, tokenizer) or an Orbax one:
+  PROGRAM generate --model ~/models/qwen3-0.6b --dtype bfloat16 --prompt "The capital of France is"
+
+A batch job. Each input line is a JSON object such as
+  {"id": "a", "prompt": "In the beginning", "sampling_params": {"max_tokens": 20}}
+with `prompt`, `prompt_token_ids` or `messages` (a chat); `id` and `sampling_params` may be left out. Each line is
+answered by one output line as soon as it is finished; a line that cannot be served gets one with "error".
+After a crash or a kill, run the same command again: it does what is missing, nothing twice.
+  PROGRAM generate --input prompts.jsonl --output texts.jsonl --max_tokens 100
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from sarathi_jax.cli.fields import UsageError, define_fields, given_fields
+from sarathi_jax.config import ConfigError, EngineConfig
+from sarathi_jax.jobs.batch import run_job
+from sarathi_jax.jobs.rows import dump, output_fields
+from sarathi_jax.request import RequestError, RequestOutput, SamplingParams
+
+if TYPE_CHECKING:
+    from sarathi_jax.llm import LLM
+
+SUMMARY = "writes what comes after a prompt, or answers a file of prompts"
+
+Prompt = str | list[int]
+_DEFAULTS = {"max_tokens": 128}
+_TEXTS = {"include_stop_str_in_output": "the stop string that ended the text is part of it."}
+
+
+def define(values: flags.FlagValues) -> None:
+    """Defines the flags: input and output, then every sampling parameter, then every engine parameter."""
+    flags.DEFINE_multi_string("prompt", None, "text to continue", flag_values=values)
+    flags.DEFINE_string("prompt_file", None, "file whose whole text is the prompt.", flag_values=values)
+    flags.DEFINE_string(
+        "prompt_token_ids", None, "prompt as token ids with commas between; needs no tokenizer.", flag_values=values
+    )
+    flags.DEFINE_boolean("json", False, "print one JSON object a request instead of text.", flag_values=values)
+    flags.DEFINE_string("input", None, "batch job: file of JSON lines to answer.", flag_values=values)
+    flags.DEFINE_string("output", None, "batch job: file of JSON lines to write or go on with.", flag_values=values)
+    flags.DEFINE_string("model", None, "model folder; without it the small model that ships.", flag_values=values)
+    define_fields(values, SamplingParams, defaults=_DEFAULTS, texts=_TEXTS)
+    define_fields(values, EngineConfig, skip=("seed",))  # --seed is the request's
+
+
+def run(values: flags.FlagValues, arguments: Sequence[str]) -> int:
+    """Generates; returns the exit status."""
+    if arguments:
+        raise UsageError(f"unexpected {arguments[0]!r}; a prompt is given as --prompt {arguments[0]!r}")
+    engine = given_fields(values, EngineConfig)
+    sampling = given_fields(values, SamplingParams, always=_DEFAULTS)
+    try:  # before the model is loaded
+        EngineConfig(**engine)
+        params = SamplingParams(**sampling)
+    except (ConfigError, RequestError) as error:
+        raise UsageError(str(error)) from None
+    if values.input or values.output:
+        return _run_job(values, engine, sampling)
+    prompts = _prompts(values)
+    with _load(values, engine) as llm:
+        if values.json:
+            for output in llm.generate(prompts, params, use_tqdm=False):
+                print(dump({"id": output.request_id, **output_fields(output)}), flush=True)
+        elif len(prompts) == 1 and params.n == 1 and isinstance(prompts[0], str) and params.detokenize:
+            _stream(llm, prompts[0], params)
+        else:
+            _print_all(llm.generate(prompts, params, use_tqdm=sys.stderr.isatty()))
+    return 0
+
+
+def _load(values: flags.FlagValues, engine: dict[str, Any]) -> "LLM":
+    # Here, so that --help and wrong flags are answered without waiting for jax.
+    from sarathi_jax.llm import LLM
+
+    return LLM(values.model, **engine)
+
+
+def _run_job(values: flags.FlagValues, engine: dict[str, Any], sampling: dict[str, Any]) -> int:
+    for name in ("input", "output"):
+        if not getattr(values, name):
+            raise UsageError(f"a batch job needs both --input and --output; --{name} is missing")
+    for name in ("prompt", "prompt_file", "prompt_token_ids", "json"):
+        if getattr(values, name):
+            raise UsageError(f"--{name} and --input cannot go together")
+    source = Path(values.input)
+    with open(source, "rb"):  # a missing file is told before the model is loaded
+        pass
+    with _load(values, engine) as llm:
+        from sarathi_jax.jobs.service import LLMService
+
+        summary = run_job(
+            LLMService(llm),
+            source,
+            Path(values.output),
+            sampling,
+            max_pending=2 * values.max_num_seqs,  # the next ones wait at the door: no step runs half empty
+            progress=sys.stderr.isatty(),
+        )
+    errors = f", {summary.num_errors} of them error rows (first: {summary.first_error})" if summary.num_errors else ""
+    written = summary.num_answered + summary.num_errors
+    print(f"{written} rows written{errors}; {summary.num_before} were there before", file=sys.stderr)
+    return 0
+
+
+def _prompts(values: flags.FlagValues) -> list[Prompt]:
+    """The prompts of the command line, or else of standard input."""
+    prompts: list[Prompt] = list(values.prompt or ())
+    if values.prompt_file is not None:
+        prompts.append(_without_newline(Path(values.prompt_file).read_text(encoding="utf-8")))
+    if values.prompt_token_ids is not None:
+        try:
+            prompts.append([int(item) for item in values.prompt_token_ids.split(",")])
+        except ValueError:
+            raise UsageError("--prompt_token_ids must be a list like 5,17,23") from None
+    if not prompts:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise UsageError('no prompt: say --prompt "In the beginning", --prompt_file FILE, or pipe one in')
+        prompts.append(_without_newline(sys.stdin.read()))
+    return prompts
+
+
+def _without_newline(text: str) -> str:
+    """A file ends with a newline that its writer did not mean as part of the prompt."""
+    return text.removesuffix("\n")
+
+
+def _stream(llm: "LLM", prompt: str, params: SamplingParams) -> None:
+    print(prompt, end="", flush=True)
+    length = 0
+    for output in llm.stream(prompt, params):
+        text = output.outputs[0].text
+        print(text[length:], end="", flush=True)
+        length = len(text)
+    print(flush=True)
+
+
+def _print_all(outputs: Sequence[RequestOutput]) -> None:
+    samples = [(output, sample) for output in outputs for sample in output.outputs]
+    for number, (output, sample) in enumerate(samples):
+        if number:
+            print("\n" + "-" * 40)
+        # A model without a tokenizer speaks in token ids.
+        has_text = output.prompt is not None or bool(sample.text)
+        print(f"{output.prompt or ''}{sample.text}" if has_text else ",".join(map(str, sample.token_ids)))
