@@ -1,4 +1,7 @@
-"""Pieces that every architecture is built from. Weights are stored (out, in); activations between products are float32."""
+"""Pieces that every architecture is built from.
+
+Weights are stored (out, in); activations between products are float32.
+"""
 
 import math
 from collections.abc import Callable

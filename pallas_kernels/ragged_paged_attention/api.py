@@ -1,0 +1,89 @@
+"""The public call: checks shapes, picks the backend by name."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.ragged_paged_attention import xla
+
+BACKENDS: dict[str, Callable[..., tuple[Array, tuple[Array, Array]]]] = {
+    "xla": xla.ragged_paged_attention,
+}
+
+
+def ragged_paged_attention(
+    q: Array,
+    k_new: Array,
+    v_new: Array,
+    kv_cache: tuple[Array, Array],
+    write_indices: Array,
+    chunk_starts: Array,
+    kv_lens: Array,
+    block_tables: Array,
+    num_decodes: Array,
+    num_chunks: Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    backend: str = "xla",
+) -> tuple[Array, tuple[Array, Array]]:
+    """Causal attention of a mixed batch of chunks over a paged KV cache that it extends by the batch's keys and values.
+
+    Row t of chunk s stands at position ``kv_lens[s] - (chunk_starts[s + 1] - chunk_starts[s]) + t - chunk_starts[s]``
+    of its sequence and sees every key up to its own, at most `window` of them. Keys and values of the step are written
+    first, so the cache holds ``kv_lens[s]`` of each when attention reads it. Sarathi-Serve, section 4: prefill chunks
+    and decodes in one batch; PagedAttention (arXiv 2309.06180): the block tables.
+
+    Args:
+      q: [T, H, D]; rows from ``chunk_starts[num_chunks]`` on are padding, and so is their result (zero).
+      k_new, v_new: [T, G, D], G divides H.
+      kv_cache: keys and values, [N, G, K, D] each; donate them and the write happens in place.
+      write_indices: i32[T], block * K + offset for each token; N * K or more: not written.
+      chunk_starts: i32[S + 1], ascending; chunk s is rows ``chunk_starts[s]:chunk_starts[s + 1]``.
+      kv_lens: i32[S], tokens of each sequence, the chunk's own included.
+      block_tables: i32[S, P], every entry in [0, N); those that no visible key needs may hold anything in range.
+      num_decodes: i32 scalar, leading chunks of length 1.
+      num_chunks: i32 scalar, chunks in use.
+      scale: multiplies the scores.
+      window: a row sees itself and ``window - 1`` keys before it; None: all.
+      backend: a name in `BACKENDS`.
+
+    Returns:
+      f32[T, H, D] and the new cache.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, or an unknown backend; named.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"attention backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    _validate(q, k_new, v_new, kv_cache, write_indices, chunk_starts, kv_lens, block_tables, window)
+    run = BACKENDS[backend]
+    chunks = (write_indices, chunk_starts, kv_lens, block_tables, num_decodes, num_chunks)
+    return run(q, k_new, v_new, kv_cache, *chunks, scale=scale, window=window)
+
+
+def _validate(q, k_new, v_new, kv_cache, write_indices, chunk_starts, kv_lens, block_tables, window) -> None:
+    tokens, heads, head_dim = q.shape
+    kv_heads, sequences = k_new.shape[1], kv_lens.shape[0]
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} KV heads")
+    for name, array, shape in (
+        ("k_new", k_new, (tokens, kv_heads, head_dim)),
+        ("v_new", v_new, (tokens, kv_heads, head_dim)),
+        ("k_cache", kv_cache[0], (None, kv_heads, None, head_dim)),
+        ("v_cache", kv_cache[1], kv_cache[0].shape),
+        ("write_indices", write_indices, (tokens,)),
+        ("chunk_starts", chunk_starts, (sequences + 1,)),
+        ("block_tables", block_tables, (sequences, None)),
+    ):
+        fits = array.ndim == len(shape) and all(w in (None, n) for n, w in zip(array.shape, shape, strict=True))
+        if not fits:
+            raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
+    for name, array in (("write_indices", write_indices), ("chunk_starts", chunk_starts), ("kv_lens", kv_lens)):
+        if array.dtype != jnp.int32:
+            raise ValueError(f"{name} is {array.dtype}, expected int32")
+    if kv_cache[0].dtype != kv_cache[1].dtype:
+        raise ValueError(f"k_cache is {kv_cache[0].dtype} and v_cache {kv_cache[1].dtype}: they must agree")
+    if window is not None and window < 1:
+        raise ValueError(f"window={window} must be positive or None")
