@@ -33,13 +33,19 @@ class Arrival:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
+    """What is served and how.
+
+    Attributes:
+      num_ahead: steps scheduled before the oldest one's tokens are known: 0 without overlap, 1 as the engine does.
+    """
+
     arrivals: tuple[Arrival, ...]
     num_blocks: int
     block_size: int = 4
     buckets: tuple[int, ...] = (4, 8, 16)
     max_num_seqs: int = 4
     window: int | None = None
-    overlap: bool = False
+    num_ahead: int = 0
     chooser: Chooser | None = None
 
     def scheduler(self, pool: BlockPool) -> SarathiScheduler:
@@ -87,20 +93,15 @@ class Drive:
         self.plans: list[StepPlan | None] = []
         self.num_preemptions = 0
         arrivals = case.arrivals
-        # Every step draws an output token, or moves the earliest prefill, or fills another's last block, or (overlap)
-        # waits for a commit or for a sequence that turns out to have stopped.
-        self.max_steps = (
-            10
-            + max(a.step for a in arrivals)
-            + sum(4 * a.max_tokens + a.num_prompt + case.block_size + 2 for a in arrivals)
-        )
+        # Every step draws a token, or moves the earliest prefill, or fills another's last block, or waits for a commit.
+        num_steps = sum(3 * a.max_tokens + a.num_prompt + case.block_size + 2 for a in arrivals)
+        self.max_steps = 10 + max(a.step for a in arrivals) + (1 + case.num_ahead) * num_steps
 
     def run(self) -> "Drive":
         while self.step():
             assert len(self.plans) <= self.max_steps, "starvation"
         assert self.pool.num_free == self.pool.num_total
         assert self.scheduler.num_waiting == self.scheduler.num_running == 0
-        assert self.scheduler._free_rows is not None
         assert sorted(self.scheduler._free_rows) == list(range(self.case.max_num_seqs))
         for seq in self.seqs.values():
             assert seq.num_in_flight == 0 or seq.finish_reason != "length"
@@ -125,7 +126,7 @@ class Drive:
             self.in_flight.append(plan)
         elif not self.in_flight:
             assert not self.live, "nothing can run and nothing is in flight"
-        while len(self.in_flight) > (1 if self.case.overlap and plan is not None else 0):
+        if self.in_flight and (plan is None or len(self.in_flight) > self.case.num_ahead):
             self.commit(self.in_flight.popleft())
         return bool(self.live or self.in_flight) or any(a.step > now for a in self.case.arrivals)
 

@@ -52,11 +52,11 @@ def test_a_lower_bucket_is_filled_to_its_edge():
     """)
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_out_of_blocks_preempts_the_latest_arrival(overlap):
+@pytest.mark.parametrize("num_ahead", [0, 1])
+def test_out_of_blocks_preempts_the_latest_arrival(num_ahead):
     # 4 blocks of 4 tokens: at step 5 sequence 0 wants its third, and 1 has two. 1 comes back once 0 has ended and
     # computes its prompt and the five tokens it had drawn again, in one chunk that draws the sixth.
-    case = Case((Arrival(3, 9), Arrival(4, 6)), num_blocks=4, overlap=overlap)
+    case = Case((Arrival(3, 9), Arrival(4, 6)), num_blocks=4, num_ahead=num_ahead)
     assert timeline(case) == drawn("""
         bucket   8  4  4  4  4  4  4  4  4 16
         seq 0    3  d  d  d  d  d  d  d  d  .
@@ -93,7 +93,7 @@ def test_a_stop_is_seen_one_step_late_with_overlap():
         seq 0    4  d  .
         seq 1    .  4  d
     """)
-    assert timeline(Case(arrivals, num_blocks=64, overlap=True)) == drawn("""
+    assert timeline(Case(arrivals, num_blocks=64, num_ahead=1)) == drawn("""
         bucket   4  8  4
         seq 0    4  d  d
         seq 1    .  4  d
@@ -179,3 +179,14 @@ def test_admission_reserves_what_running_prefills_still_need():
     plan = scheduler.schedule()
     assert plan is not None
     assert [(chunk.seq_id, chunk.length) for chunk in plan.chunks] == [(1, 16)]
+
+
+@pytest.mark.parametrize(("num_blocks", "num_admitted"), [(13, 3), (12, 2), (4, 1), (8, 1)])
+def test_admission_takes_all_that_fit_beside_the_watermark(num_blocks, num_admitted):
+    # Prompts of 4 blocks and a watermark of one block, which the first of an empty engine need not keep.
+    scheduler = scheduler_of(num_blocks, buckets=(64,))
+    for i in range(4):
+        scheduler.add(make_sequence(i, 16, 1))
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert [chunk.seq_id for chunk in plan.chunks] == list(range(num_admitted))

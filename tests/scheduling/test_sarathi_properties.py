@@ -32,7 +32,11 @@ def arrivals(draw):
         stops_at=st.none() | st.none() | st.integers(1, max_output),
         aborts_after=st.none() | st.none() | st.integers(0, 30),
     )
-    return tuple(sorted(draw(st.lists(one, min_size=1, max_size=9)), key=lambda arrival: arrival.step))
+    return tuple(
+        sorted(
+            draw(st.lists(one, min_size=draw(st.sampled_from([1, 4, 6])), max_size=9)), key=lambda arrival: arrival.step
+        )
+    )
 
 
 BUCKETS = st.sampled_from([(1, 2, 4, 8, 16), (4, 8, 16), (3, 5, 11), (8,), (1,), (2,), (16, 64, 100), (1, 40)])
@@ -56,7 +60,7 @@ def cases(draw, *, slack: str, windowed: bool = False):
         buckets=buckets,
         max_num_seqs=draw(st.integers(1, 10) | st.integers(4, 10)),
         window=draw(st.sampled_from([1, 2, 5, 8, 16, 30])) if windowed else None,
-        overlap=draw(st.booleans()),
+        num_ahead=draw(st.sampled_from([0, 0, 1, 1, 1, 2, 4])),
         chooser=draw(choosers(buckets)),
     )
     scheduler = Drive(case).scheduler
@@ -76,12 +80,12 @@ def test_tight_memory(num_cases):
     @given(cases(slack="tight"))
     def check(case):
         drive = Drive(case).run()
-        seen["preemptions"] += drive.num_preemptions
-        seen["overlapped with preemptions"] += bool(case.overlap and drive.num_preemptions)
+        seen["preempting"] += drive.num_preemptions > 0
+        seen["preempting ahead"] += drive.num_preemptions > 0 and case.num_ahead > 0
 
     check()
-    assert seen["preemptions"] >= num_cases
-    assert seen["overlapped with preemptions"] >= num_cases // 10
+    assert seen["preempting"] >= num_cases // 4
+    assert seen["preempting ahead"] >= num_cases // 8
 
 
 @MANY
@@ -92,11 +96,11 @@ def test_sliding_window(num_cases):
     @given(cases(slack="tight", windowed=True))
     def check(case):
         drive = Drive(case).run()
-        seen["preemptions"] += drive.num_preemptions
+        seen["preempting"] += drive.num_preemptions > 0
         seen["longer than the window"] += any(a.num_prompt > case.window for a in case.arrivals)
 
     check()
-    assert seen["preemptions"] >= num_cases // 10
+    assert seen["preempting"] >= num_cases // 10
     assert seen["longer than the window"] >= num_cases // 3
 
 
