@@ -9,7 +9,7 @@ from sarathi_jax.weights.fields import count, flag, number
 
 _ROPE_KEYS = {
     "default": frozenset(),
-    "linear": frozenset({"factor"}),
+    "linear": frozenset({"factor", "original_max_position_embeddings"}),
     "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
     "yarn": frozenset(
         {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale"}
@@ -32,6 +32,7 @@ def rope_from_hf(fields: Mapping[str, Any], max_position: int) -> tuple[RopeConf
       ConfigError: a method or a field that is not supported, or a malformed one.
     """
     merged = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
+    merged = {key: value for key, value in merged.items() if value is not None}
     if any(isinstance(value, Mapping) for value in merged.values()):
         raise ConfigError(f"rope_parameters={merged!r}: one set for all layers is supported, not one a layer type")
     theta = number(merged if "rope_theta" in merged else fields, "rope_theta", 10000.0)

@@ -1,0 +1,79 @@
+"""Parameters in an Orbax checkpoint: ``params/`` inside a model directory, one flat dict keyed by dotted path."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from sarathi_jax.config import ModelConfig
+from sarathi_jax.weights.mapping import parameter_shapes
+from sarathi_jax.weights.safetensors import WeightsError
+
+ARRAYS_DIRECTORY = "params"
+
+
+def is_orbax(directory: Path) -> bool:
+    """Whether there are Orbax weights."""
+    return (directory / ARRAYS_DIRECTORY).is_dir()
+
+
+def stored_dtype(directory: Path) -> np.dtype:
+    """Dtype of the first parameter of a checkpoint."""
+    with ocp.Checkpointer(_handler(0)) as checkpointer:
+        return np.dtype(next(iter(_metadata(checkpointer, directory).values())).dtype)
+
+
+def load(directory: Path, config: ModelConfig, dtype: np.dtype) -> dict[str, jax.Array]:
+    """Loads every parameter, about a gigabyte at a time: see `sarathi_jax.weights.checkpoint.load_parameters`."""
+    shapes = parameter_shapes(config)
+    largest_bytes = max(math.prod(shape) for shape in shapes.values()) * 4
+    with ocp.Checkpointer(_handler(largest_bytes)) as checkpointer:
+        stored = _metadata(checkpointer, directory)
+        missing, unused = sorted(shapes.keys() - stored.keys()), sorted(stored.keys() - shapes.keys())
+        if missing or unused:
+            raise WeightsError(
+                f"{directory}: the weights do not fit config.json: missing parameters: {missing[:5]}, "
+                f"unused parameters: {unused[:5]}; check that both are of the same model"
+            )
+        for path, shape in shapes.items():
+            if tuple(stored[path].shape) != shape:
+                raise WeightsError(
+                    f"{directory}: parameter {path!r} has shape {tuple(stored[path].shape)}, but config.json implies "
+                    f"{shape}; check that both are of the same model"
+                )
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        wanted = {path: ocp.ArrayRestoreArgs(dtype=dtype, sharding=sharding) for path in shapes}
+        try:
+            return checkpointer.restore(
+                directory.absolute() / ARRAYS_DIRECTORY, args=ocp.args.PyTreeRestore(restore_args=wanted)
+            )
+        except Exception as error:  # of many libraries: whatever it is, the files cannot be read
+            raise WeightsError(f"{directory / ARRAYS_DIRECTORY} cannot be read ({error}); copy it again") from error
+
+
+def write(directory: Path, parameters: Mapping[str, jax.Array]) -> None:
+    """Writes the parameters under ``directory/params``, compressed, in a handful of files."""
+    largest_bytes = max(array.nbytes for array in parameters.values())
+    with ocp.Checkpointer(_handler(largest_bytes)) as checkpointer:
+        checkpointer.save(directory.absolute() / ARRAYS_DIRECTORY, args=ocp.args.PyTreeSave(dict(parameters)))
+
+
+def _handler(largest_bytes: int) -> Any:
+    # Orbax refuses an array that does not fit into the limit of what is in flight.
+    limit_gb = 1 + largest_bytes // 10**9
+    return ocp.PyTreeCheckpointHandler(save_concurrent_gb=limit_gb, restore_concurrent_gb=limit_gb)
+
+
+def _metadata(checkpointer: ocp.Checkpointer, directory: Path) -> dict[str, Any]:
+    try:
+        metadata = checkpointer.metadata(directory.absolute() / ARRAYS_DIRECTORY).item_metadata
+    except Exception as error:
+        raise WeightsError(f"{directory / ARRAYS_DIRECTORY} is no Orbax checkpoint ({error}); copy it again") from error
+    stored = getattr(metadata, "tree", None)
+    if not isinstance(stored, dict) or not stored or not all(hasattr(entry, "shape") for entry in stored.values()):
+        raise WeightsError(f"{directory / ARRAYS_DIRECTORY} does not hold one flat dict of arrays")
+    return stored
