@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sarathi_jax.sampling.filters import threshold
+from sarathi_jax.sampling.filters import limit_of, next_above
 from sarathi_jax.sampling.logprobs import token_logprobs
 from sarathi_jax.sampling.table import SamplingParamsArrays
 
@@ -76,19 +76,17 @@ def sample(
         | (params.frequency_penalty[rows] != 0)
     )
 
-    def adjust_and_draw():
-        scores = lax.cond(
-            jnp.any(biased | banned),
-            lambda scores: _ban(_bias(scores, rows, biased, params), rows, banned, params),
-            lambda scores: scores,
-            logits,
-        )
-        scores = lax.cond(
+    def adjust():
+        scores = _ban(_bias(logits, rows, biased, params), rows, banned, params)
+        return lax.cond(
             jnp.any(penalised),
             lambda scores: _penalise(scores, rows, jnp.where(penalised, positions, 0), history, params),
             lambda scores: scores,
             scores,
         )
+
+    def adjust_and_draw():
+        scores = lax.cond(jnp.any(biased | banned | penalised), adjust, lambda: logits)
         greedy = _first_argmax(scores)
         drawn = lax.cond(
             jnp.any(temperature > 0),
@@ -151,9 +149,10 @@ def _draw(
 ) -> jax.Array:
     """Random tokens i32[S] for rows with a temperature (the others get any token).
 
-    A draw in two stages, each by the Gumbel-max trick: first a group of tokens by its mass, then a token of that group.
-    The distribution is exactly that of one Gumbel-max over the vocabulary, for V / 128 + 128 random numbers in place of
-    V, which on a CPU cost more than all else.
+    Top-p is kept by rejection. A token is of the nucleus if the tokens likelier than it weigh less than `top_p`
+    together; where one is drawn that is not, the row draws again among the tokens likelier than that. What is accepted
+    is distributed as by a draw from the nucleus, which is never computed: the cost is about 1 / top_p draws, whatever
+    the shape of the distribution.
     """
     is_random = temperature > 0
     # Relative to the best, so that no temperature overflows: the best stays 0, the others go to -inf at worst.
@@ -161,19 +160,49 @@ def _draw(
     top_k = jnp.where(is_random, params.top_k[rows], 0)
     top_p = jnp.where(is_random, params.top_p[rows], 1)
     min_p = jnp.where(is_random, params.min_p[rows], 0)
-    scores = lax.cond(
-        jnp.any((top_k > 0) | (top_p < 1) | (min_p > 0)),
-        lambda scores: jnp.where(scores >= threshold(scores, top_k, top_p, min_p)[:, None], scores, -jnp.inf),
-        lambda scores: scores,
-        scores,
+    no_limit = jnp.full(len(rows), -jnp.inf)
+    limit = lax.cond(jnp.any((top_k > 0) | (min_p > 0)), lambda: limit_of(scores, top_k, min_p), lambda: no_limit)
+    nucleus_mass = lax.cond(
+        jnp.any(top_p < 1), lambda: top_p * _mass(scores, scores >= limit[:, None]), lambda: jnp.zeros_like(top_p)
     )
+    keys = jax.vmap(_key)(params.seed[rows], params.sample_index[rows], positions)
 
+    def draw_round(state):
+        index, limit, tokens, is_pending = state
+        drawn = _draw_above(scores, limit, jax.vmap(jax.random.fold_in, (0, None))(keys, index))
+        tokens = jnp.where(is_pending, drawn, tokens)
+        score = jnp.take_along_axis(scores, tokens[:, None], 1)[:, 0]
+
+        def rejected():
+            likelier_mass = _mass(scores, scores > score[:, None])
+            # The best token is accepted whatever rounding does to the masses, and so is any token of a NaN row.
+            return is_pending & (top_p < 1) & (likelier_mass > 0) & (likelier_mass >= nucleus_mass)
+
+        is_pending = lax.cond(jnp.any(is_pending & (top_p < 1)), rejected, lambda: jnp.zeros_like(is_pending))
+        return index + 1, jnp.where(is_pending, next_above(score), limit), tokens, is_pending
+
+    start = (jnp.int32(0), limit, jnp.zeros_like(rows), is_random)
+    return lax.while_loop(lambda state: jnp.any(state[3]), draw_round, start)[2]
+
+
+def _mass(scores: jax.Array, is_counted: jax.Array) -> jax.Array:
+    """f32[S]: the weight of the counted tokens, in units of the best token's."""
+    return jnp.where(is_counted, jnp.exp(scores), 0).sum(1)
+
+
+def _draw_above(scores: jax.Array, limit: jax.Array, keys: jax.Array) -> jax.Array:
+    """Tokens i32[S] whose scores reach the limit, drawn in proportion to exp(score).
+
+    In two stages, each by the Gumbel-max trick: first a group of tokens by its mass, then a token of that group. The
+    distribution is exactly that of one Gumbel-max over the vocabulary, for V / 128 + 128 random numbers in place of V,
+    which on a CPU cost more than all else.
+    """
     vocab_size = scores.shape[1]
     num_groups = -(-vocab_size // _GROUP_SIZE)
-    keys = jax.vmap(_key)(params.seed[rows], params.sample_index[rows], positions)
     noise = jax.vmap(lambda key: _gumbel(key, num_groups + _GROUP_SIZE))(keys)
-    # Token i is in group i % num_groups: the sum then runs across vectors, in an order that no batch changes.
+    scores = jnp.where(scores >= limit[:, None], scores, -jnp.inf)
     scores = jnp.pad(scores, ((0, 0), (0, num_groups * _GROUP_SIZE - vocab_size)), constant_values=-jnp.inf)
+    # Token i is in group i % num_groups: the sum then runs across vectors, in an order that no batch changes.
     masses = jnp.exp(scores).reshape(-1, _GROUP_SIZE, num_groups).sum(1)
     group = _first_argmax(jnp.log(masses) + noise[:, :num_groups])
     members = jnp.arange(_GROUP_SIZE) * num_groups + group[:, None]

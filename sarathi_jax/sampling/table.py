@@ -148,7 +148,7 @@ def _row_values(sequence: Sequence, vocab_size: int) -> dict[str, Any]:
     if not params.is_greedy:
         values["temperature"] = np.clip(params.temperature, _SMALLEST, _LARGEST)
         values["top_k"] = min(params.top_k, vocab_size)
-        values["top_p"] = params.top_p
+        values["top_p"] = max(params.top_p, _SMALLEST)
         values["min_p"] = params.min_p
         values["seed"] = request.seed
         values["sample_index"] = sequence.index
