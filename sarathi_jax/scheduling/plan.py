@@ -51,14 +51,14 @@ class StepResult:
 
     Attributes:
       tokens: i32[chunks], the drawn tokens.
-      logprobs: f32[chunks], their log-probabilities under the unmodified distribution.
-      top_ids, top_logprobs: [chunks, k], the most likely tokens, or None where no request of the step asked.
+      logprobs: f32[chunks], their log-probabilities under the unmodified distribution; None where nobody asked.
+      top_ids, top_logprobs: [chunks, k], the most likely tokens, or None.
       prompt_logprobs: f32[num_tokens], of the token that follows each token of the step, or None.
       prompt_top_ids, prompt_top_logprobs: [num_tokens, k], or None.
     """
 
     tokens: np.ndarray
-    logprobs: np.ndarray
+    logprobs: np.ndarray | None = None
     top_ids: np.ndarray | None = None
     top_logprobs: np.ndarray | None = None
     prompt_logprobs: np.ndarray | None = None
