@@ -23,7 +23,7 @@ ROWS = (
     ("pallas_kernels",),
     ("sarathi_jax.kv.cache", "sarathi_jax.batch"),
     ("sarathi_jax.models",),
-    ("sarathi_jax.weights.hf_config", "sarathi_jax.weights"),
+    ("sarathi_jax.weights",),
     ("sarathi_jax.sampling", "sarathi_jax.parallel", "sarathi_jax.runner"),
     ("sarathi_jax.telemetry", "sarathi_jax.tokenizer", "sarathi_jax.output"),
     ("sarathi_jax.executor", "sarathi_jax.clock", "sarathi_jax.engine", "sarathi_jax.llm"),

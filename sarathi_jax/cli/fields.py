@@ -88,9 +88,11 @@ def define_fields(
             _define(values, field.name, hints[field.name], default, docs.get(field.name, ""))
 
 
-def given_fields(values: flags.FlagValues, cls: type, *, always: Collection[str] = ()) -> dict[str, Any]:
+def given_fields(
+    values: flags.FlagValues, cls: type, *, skip: Collection[str] = (), always: Collection[str] = ()
+) -> dict[str, Any]:
     """The fields of a dataclass that the command line names (and those in `always`), as keyword arguments."""
-    names = [field.name for field in dataclasses.fields(cls) if field.name in values]
+    names = [field.name for field in dataclasses.fields(cls) if field.name in values and field.name not in skip]
     return {name: values[name].value for name in names if values[name].present or name in always}
 
 

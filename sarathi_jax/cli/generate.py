@@ -39,6 +39,7 @@ SUMMARY = "writes what comes after a prompt, or answers a file of prompts"
 
 Prompt = str | list[int]
 _DEFAULTS = {"max_tokens": 128}
+_NOT_OF_THE_ENGINE = ("seed",)  # --seed is the request's
 _TEXTS = {"include_stop_str_in_output": "the stop string that ended the text is part of it."}
 
 
@@ -54,14 +55,14 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("output", None, "batch job: file of JSON lines to write or go on with.", flag_values=values)
     flags.DEFINE_string("model", None, "model folder; without it the small model that ships.", flag_values=values)
     define_fields(values, SamplingParams, defaults=_DEFAULTS, texts=_TEXTS)
-    define_fields(values, EngineConfig, skip=("seed",))  # --seed is the request's
+    define_fields(values, EngineConfig, skip=_NOT_OF_THE_ENGINE)
 
 
 def run(values: flags.FlagValues, arguments: Sequence[str]) -> int:
     """Generates; returns the exit status."""
     if arguments:
         raise UsageError(f"unexpected {arguments[0]!r}; a prompt is given as --prompt {arguments[0]!r}")
-    engine = given_fields(values, EngineConfig)
+    engine = given_fields(values, EngineConfig, skip=_NOT_OF_THE_ENGINE)
     sampling = given_fields(values, SamplingParams, always=_DEFAULTS)
     try:  # before the model is loaded
         EngineConfig(**engine)

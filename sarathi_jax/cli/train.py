@@ -31,11 +31,10 @@ def define(values: flags.FlagValues) -> None:
 def run(values: flags.FlagValues, arguments: Sequence[str]) -> int:
     """Trains; returns the exit status."""
     from sarathi_jax.training.settings import TrainConfig
-    from sarathi_jax.training.trainer import train
 
     if arguments:
         raise UsageError(f"unexpected {arguments[0]!r}; everything is given by flags")
-    fields = given_fields(values, TrainConfig)
+    fields = given_fields(values, TrainConfig, skip=("phases",))
     for name in ("corpus", "out"):
         if name not in fields:
             raise UsageError(f"--{name} is missing")
@@ -44,6 +43,9 @@ def run(values: flags.FlagValues, arguments: Sequence[str]) -> int:
         config = TrainConfig(**fields)
     except ConfigError as error:
         raise UsageError(str(error)) from None
+    # Here, so that wrong flags are answered without waiting for jax.
+    from sarathi_jax.training.trainer import train
+
     train(config)
     return 0
 
