@@ -68,7 +68,7 @@ $(VENV)/.ready-dev: requirements-dev.lock $(VENV)/.ready
 
 $(VENV)-jax-%/.ready: requirements.lock pyproject.toml scripts/make_venv.sh
 	@scripts/make_venv.sh $(@D) requirements.lock $(PYTHON)
-	scripts/retry.sh $(@D)/bin/python -m pip install --quiet --disable-pip-version-check "jax==$*" "jaxlib==$*"
+	scripts/retry.sh $(@D)/bin/python -m pip install -qq --disable-pip-version-check "jax==$*" "jaxlib==$*"
 	@touch $@
 
 .venv-oracle/.ready: scripts/make_oracle_venv.sh

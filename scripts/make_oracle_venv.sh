@@ -14,7 +14,7 @@ for name in python3.11 python3 python3.12 python3.13 ""; do
   rm -rf "$venv"
   echo "Making $venv with $python and $torch (once; some minutes)" >&2
   "$python" -m venv "$venv"
-  if scripts/retry.sh "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$torch" "${packages[@]}"; then
+  if scripts/retry.sh "$venv/bin/python" -m pip install -qq --disable-pip-version-check "$torch" "${packages[@]}"; then
     exit 0
   fi
 done

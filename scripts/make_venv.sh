@@ -14,6 +14,6 @@ if [ "$(version "$venv/bin/python" || true)" != "$(version "$python")" ]; then
   "$python" -m venv "$venv"
 fi
 echo "Installing $lock into $venv (once; a minute or two)" >&2
-scripts/retry.sh "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r "$lock"
+scripts/retry.sh "$venv/bin/python" -m pip install -qq --disable-pip-version-check --require-hashes -r "$lock"
 # The build backend is in the lock, so this step needs no network.
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+"$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .

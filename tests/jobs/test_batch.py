@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 
 from sarathi_jax.jobs.batch import JobError, run_job
-
-sys.path.insert(0, str(Path(__file__).parent))
-from echo_service import EchoService
+from tests.jobs.echo_service import EchoService
 
 SCRIPT = Path(__file__).with_name("echo_service.py")
 NUM_ROWS = 40
