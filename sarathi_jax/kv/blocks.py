@@ -133,9 +133,10 @@ class BlockTable:
 
     def release_before(self, num_tokens: int) -> None:
         """Frees the blocks whose tokens all lie below index `num_tokens` (may be negative); their entries stay."""
-        end = min(num_tokens // self._block_size, len(self._ids))
+        end = num_tokens // self._block_size
         if end <= self._num_released:
             return
+        end = min(end, len(self._ids))
         self._pool.free(self._ids[self._num_released : end])
         self._ids[self._num_released : end] = [HOLE] * (end - self._num_released)
         self._num_released = end

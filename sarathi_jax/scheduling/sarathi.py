@@ -98,6 +98,13 @@ class SarathiScheduler:
         span = self._window - 1 + self._buckets[-1]
         return min(num_blocks, -(-(span - 1) // self._block_size) + 1)
 
+    @property
+    def longest_sequence(self) -> int:
+        """Longest prompt + output in tokens that can be served: the model's limit, or what the whole pool can hold."""
+        if self.max_blocks(self._max_model_len - 1) <= self._pool.num_total:
+            return self._max_model_len
+        return self._pool.num_total * self._block_size + 1  # the last token drawn is never computed
+
     def add(self, seq: Sequence) -> None:
         """Queues a new sequence.
 
@@ -189,8 +196,9 @@ class SarathiScheduler:
             if not seq.is_decode:
                 prefills.append(seq)
                 continue
+            start = seq.num_computed
             table = self._tables[seq.seq_id]
-            while not table.ensure(seq.num_computed + 1):
+            while not table.ensure(start + 1):
                 if len(live) == 1:
                     raise BlockError(f"{seq} runs alone and {self._pool} cannot hold it: are blocks leaking?")
                 victim = live.pop()
@@ -199,7 +207,7 @@ class SarathiScheduler:
                 if victim is seq:
                     break
             else:
-                chunks.append(Chunk(seq.seq_id, seq.num_computed, 1, True))
+                chunks.append(Chunk(seq.seq_id, start, 1, True))
                 seq.advance(1, True)
         return chunks, prefills
 

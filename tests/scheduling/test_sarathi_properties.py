@@ -126,9 +126,8 @@ def test_ample_memory_follows_algorithm_3_exactly(num_cases):
     check()
 
 
-@MANY
-def test_fill_to_edge(num_cases):
-    @cases_of(num_cases)
+def test_fill_to_edge():
+    @cases_of(500)
     @given(BUCKETS, st.integers(0, 120), st.integers(0, 300), st.sampled_from([0, 8, 64]))
     def check(buckets, num_decodes, num_prefill_tokens, flat_tokens):
         num_decodes = min(num_decodes, buckets[-1])
