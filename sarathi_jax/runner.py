@@ -1,6 +1,7 @@
-"""The compiled programs, one a token bucket, and the state that they hand on: KV cache and token history."""
+"""The program of a step (`StepProgram`), compiled once a token bucket, and the state it hands on (`Runner`)."""
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from pallas_kernels.ragged_paged_attention import ragged_paged_attention
 from sarathi_jax.batch import BatchLayout, StepBatch
+from sarathi_jax.compiling import CompileCounter
 from sarathi_jax.config import CacheConfig, EngineConfig, ModelConfig
 from sarathi_jax.kv.cache import KVCache, allocate_cache, cache_shapes
 from sarathi_jax.models import Attend, ModelFunction
@@ -47,71 +49,45 @@ class StartUp:
     temp_bytes: int
 
 
-class Runner:
-    """Runs steps on the device. No step compiles: every bucket's program is compiled when the runner is built.
+class StepProgram:
+    """What one step computes, as a pure function of parameters, cache, history, batch and sampling parameters.
 
     Args:
       model: what to compute.
-      params: dotted path -> array, as `ModelFunction.shapes`.
       engine: buckets, rows, dtype, attention backend.
       cache: size of the KV cache.
-      progress: shows a bar while compiling.
     """
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        params: Mapping[str, jax.Array],
-        engine: EngineConfig,
-        cache: CacheConfig,
-        progress: bool = True,
-    ):
+    def __init__(self, model: ModelConfig, engine: EngineConfig, cache: CacheConfig):
         self._model = model
+        self._cache = cache
+        self._num_rows = engine.max_running
         self._dtype = jnp.dtype(engine.dtype)
         self._function = ModelFunction(model, self._dtype)
         self._backend = engine.attention_backend
-        self._names = tuple(self._function.shapes)
-        # Flat leaves: handing a nested state to a compiled program costs more than a small step.
-        self._params = tuple(params[name] for name in self._names)
-        self._cache = allocate_cache(model, cache, self._dtype)
-        self._history = jnp.zeros((engine.max_running, cache.max_model_len + 1), jnp.int32)
         self.layouts = {bucket: BatchLayout(bucket, engine.max_running, cache) for bucket in engine.buckets}
-        sampling = SamplingTable(engine.max_running, model.vocab_size).arrays()
-        self._programs: dict[int, jax.stages.Compiled] = {}
-        start_s = time.perf_counter()
-        shapes = cache_shapes(model, cache, self._dtype)
-        bar = tqdm(self.layouts.items(), "compile", unit="program", disable=not progress, leave=False)
-        for bucket, layout in bar:
-            bar.set_postfix(bucket=bucket)
-            self._programs[bucket] = self._compile(layout, shapes, sampling)
-        compile_s = time.perf_counter() - start_s
-        temp_bytes = max(program.memory_analysis().temp_size_in_bytes for program in self._programs.values())
-        self.start_up = StartUp(len(self._programs), compile_s, temp_bytes)
+        # Flat leaves: handing a nested state to a compiled program costs more than a small step.
+        self.parameter_names = tuple(self._function.shapes)
 
-    def run(self, bucket: int, buffer: np.ndarray, sampling: SamplingParamsArrays) -> StepOutput:
-        """Starts a step and returns at once.
+    @property
+    def history_shape(self) -> tuple[int, int]:
+        """[R, L + 1]: every row's tokens, and a place for the one drawn behind the longest sequence."""
+        return self._num_rows, self._cache.max_model_len + 1
 
-        Args:
-          bucket: one of `layouts`.
-          buffer: i32[size] from that layout's `pack`.
-          sampling: parameters of every row.
-        """
-        self._cache, self._history, output = self._programs[bucket](
-            self._params, self._cache, self._history, jax.device_put(buffer), sampling
-        )
-        return output
+    def compile(self, bucket: int) -> jax.stages.Compiled:
+        """Compiles the step of a bucket from shapes alone; cache and history are donated, so updated in place."""
+        layout = self.layouts[bucket]
 
-    def memory(self, bucket: int) -> jax.stages.Compiled:
-        """The compiled program of a bucket, for its `memory_analysis` and text."""
-        return self._programs[bucket]
-
-    def _compile(self, layout: BatchLayout, cache: list, sampling: SamplingParamsArrays) -> jax.stages.Compiled:
         def step(params, cache, history, buffer, sampling):
             return self._step(params, cache, history, layout.unpack(buffer), sampling)
 
+        shapes = self._function.shapes
+        params = tuple(shapes[name] for name in self.parameter_names)
+        cache = cache_shapes(self._model, self._cache, self._dtype)
+        history = jax.ShapeDtypeStruct(self.history_shape, jnp.int32)
         buffer = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-        lowered = jax.jit(step, donate_argnums=(1, 2)).lower(self._params, cache, self._history, buffer, sampling)
-        return lowered.compile()
+        sampling = SamplingTable(self._num_rows, self._model.vocab_size).arrays()
+        return jax.jit(step, donate_argnums=(1, 2)).lower(params, cache, history, buffer, sampling).compile()
 
     def _step(
         self,
@@ -122,7 +98,7 @@ class Runner:
         sampling: SamplingParamsArrays,
     ) -> tuple[KVCache, jax.Array, StepOutput]:
         """The program: tokens in, cache and history on, drawn tokens out."""
-        model = self._function.bind(dict(zip(self._names, params, strict=True)))
+        model = self._function.bind(dict(zip(self.parameter_names, params, strict=True)))
         # The newest token of a sequence may be known to the device alone: it stands in the sequence's own row.
         tokens = jnp.where(batch.tokens >= 0, batch.tokens, history[batch.token_rows, batch.positions])
         history = history.at[batch.token_rows, batch.positions].set(tokens, mode="drop")
@@ -154,3 +130,59 @@ class Runner:
             )
 
         return attend
+
+
+class Runner:
+    """Runs steps on the device. Every bucket's program is compiled when the runner is built, none later.
+
+    Args:
+      model: what to compute.
+      params: dotted path -> array, as `ModelFunction.shapes`.
+      engine: buckets, rows, dtype, attention backend.
+      cache: size of the KV cache.
+      progress: shows a bar while compiling.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        params: Mapping[str, jax.Array],
+        engine: EngineConfig,
+        cache: CacheConfig,
+        progress: bool = True,
+    ):
+        program = StepProgram(model, engine, cache)
+        self.layouts = program.layouts
+        self._params = tuple(params[name] for name in program.parameter_names)
+        self._compiles = CompileCounter()
+        start_s = time.perf_counter()
+        self.programs: dict[int, jax.stages.Compiled] = {}
+        bar = tqdm(engine.buckets, "compile", unit="program", disable=not progress, leave=False)
+        for bucket in bar:
+            bar.set_postfix(bucket=bucket)
+            self.programs[bucket] = program.compile(bucket)
+        self.start_up = StartUp(
+            num_programs=len(self.programs),
+            compile_s=time.perf_counter() - start_s,
+            temp_bytes=max(program.memory_analysis().temp_size_in_bytes for program in self.programs.values()),
+        )
+        self._cache = allocate_cache(model, cache, jnp.dtype(engine.dtype))
+        self._history = jnp.zeros(program.history_shape, jnp.int32)
+        self.num_late_compiles = 0
+
+    def run(self, bucket: int, buffer: np.ndarray, sampling: SamplingParamsArrays) -> StepOutput:
+        """Starts a step and returns at once. A compilation here is a bug: it is logged as an error and counted.
+
+        Args:
+          bucket: one of `layouts`.
+          buffer: i32[size] from that layout's `pack`.
+          sampling: parameters of every row.
+        """
+        before = self._compiles.count
+        self._cache, self._history, output = self.programs[bucket](
+            self._params, self._cache, self._history, jax.device_put(buffer), sampling
+        )
+        if self._compiles.count != before:
+            self.num_late_compiles += self._compiles.count - before
+            logging.error("a step of bucket %d compiled a program after warm-up; please report this", bucket)
+        return output

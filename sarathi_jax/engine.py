@@ -1,0 +1,190 @@
+"""The step loop: schedule, launch, collect, commit. One thread; one step ahead of the device by default."""
+
+import dataclasses
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import numpy as np
+
+from sarathi_jax.clock import Clock, WallClock
+from sarathi_jax.config import CacheConfig, EngineConfig, ModelConfig
+from sarathi_jax.executor import Executor
+from sarathi_jax.output import RequestRecord
+from sarathi_jax.request import MAX_SEED, Request, RequestError, RequestOutput, SamplingParams
+from sarathi_jax.sampling import check_vocabulary
+from sarathi_jax.scheduling.plan import StepPlan, StepResult
+from sarathi_jax.scheduling.sarathi import SarathiScheduler
+from sarathi_jax.sequence import Sequence, Status
+from sarathi_jax.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """A launched step."""
+
+    plan: StepPlan
+    handle: Any
+
+
+class Engine:
+    """Serves requests step by step.
+
+    Args:
+      model: vocabulary, length and end-of-text tokens.
+      config: overlap and seed.
+      cache: the longest sequence.
+      scheduler: decides what each step computes.
+      executor: runs it.
+      sequences: live sequences by id, shared with the executor, which reads them.
+      tokenizer: None: token ids in, token ids out.
+      clock: stamps the metrics.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: EngineConfig,
+        cache: CacheConfig,
+        scheduler: SarathiScheduler,
+        executor: Executor,
+        sequences: dict[int, Sequence],
+        tokenizer: Tokenizer | None = None,
+        clock: Clock | None = None,
+    ):
+        self._model = model
+        self._overlap = config.overlap
+        self._cache = cache
+        self._scheduler = scheduler
+        self._executor = executor
+        self._sequences = sequences
+        self._tokenizer = tokenizer
+        self._clock = clock or WallClock()
+        self._seeds = np.random.default_rng(config.seed)
+        self._records: dict[str, RequestRecord] = {}
+        self._in_flight: _Step | None = None
+        self._num_sequences = 0
+
+    def __repr__(self) -> str:
+        return f"Engine({len(self._records)} requests, {self._scheduler})"
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._records) or self._in_flight is not None
+
+    def add_request(
+        self, request_id: str, prompt_token_ids: Seq[int], params: SamplingParams, prompt: str | None = None
+    ) -> None:
+        """Accepts a request; `step` will report it.
+
+        Raises:
+          RequestError: it can never be served; the message names what to change.
+        """
+        if request_id in self._records:
+            raise RequestError(f"request_id={request_id!r} is in use: choose another")
+        request = self._check(request_id, tuple(prompt_token_ids), params, prompt)
+        sequences = [Sequence(self._num_sequences + i, request, i) for i in range(params.n)]
+        self._num_sequences += params.n
+        self._records[request_id] = RequestRecord(request, self._tokenizer)
+        for seq in sequences:
+            self._sequences[seq.seq_id] = seq
+            self._scheduler.add(seq)
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """Ends a request at once and frees its blocks; None if there is no such request."""
+        record = self._records.get(request_id)
+        if record is None:
+            return None
+        for seq in [seq for seq in self._sequences.values() if seq.request is record.request]:
+            self._end(seq, record.samples[seq.index].end("abort"))
+        return self._report(record)
+
+    def step(self) -> list[RequestOutput]:
+        """Runs one step; with overlap, reports the step before it.
+
+        Returns:
+          Every request that got a token, finished ones for the last time.
+        """
+        plan = self._scheduler.schedule()
+        launched = None if plan is None else self._launch(plan)
+        due, self._in_flight = (self._in_flight, launched) if self._overlap else (launched, None)
+        return [] if due is None else self._commit(due.plan, self._executor.collect(due.handle))
+
+    def _launch(self, plan: StepPlan) -> _Step:
+        now_s = self._clock.now_s()
+        for chunk in plan.chunks:
+            record = self._record_of(self._sequences[chunk.seq_id])
+            if record.first_scheduled_s is None:
+                record.first_scheduled_s = now_s
+        for seq_id in plan.preempted:
+            self._record_of(self._sequences[seq_id]).num_preemptions += 1
+        return _Step(plan, self._executor.launch(plan))
+
+    def _commit(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
+        """Hands a step's tokens to their sequences; those that ended meanwhile are passed over."""
+        now_s, touched, first = self._clock.now_s(), {}, 0
+        drawn = result.tokens.tolist()
+        for row, chunk in enumerate(plan.chunks):
+            seq = self._sequences.get(chunk.seq_id)
+            if seq is not None:
+                record = self._record_of(seq)
+                record.add_prompt_logprobs(chunk.start, chunk.length, result, first)
+                if chunk.samples:
+                    touched[seq.request.request_id] = record
+                    seq.commit(drawn[row])
+                    record.add_logprobs(seq.index, drawn[row], result, row)
+                    reason = record.samples[seq.index].add(drawn[row], now_s)
+                    if reason is not None:
+                        self._end(seq, reason)
+            first += chunk.length
+        return [self._report(record) for record in touched.values()]
+
+    def _end(self, seq: Sequence, reason: Any) -> None:
+        self._scheduler.remove(seq)
+        seq.finish(reason)
+        del self._sequences[seq.seq_id]
+
+    def _report(self, record: RequestRecord) -> RequestOutput:
+        if record.finished:
+            record.finished_s = self._clock.now_s()
+            del self._records[record.request.request_id]
+        return record.output()
+
+    def _record_of(self, seq: Sequence) -> RequestRecord:
+        assert seq.status is not Status.FINISHED
+        return self._records[seq.request.request_id]
+
+    def _check(
+        self, request_id: str, token_ids: tuple[int, ...], params: SamplingParams, prompt: str | None
+    ) -> Request:
+        """Resolves everything that a request leaves open, or refuses it."""
+        if not token_ids:
+            raise RequestError("the prompt is empty: give at least one token")
+        for token in token_ids:
+            if not isinstance(token, int | np.integer) or not 0 <= token < self._model.vocab_size:
+                raise RequestError(
+                    f"token id {token!r} is not an integer in [0, {self._model.vocab_size}), the model's vocabulary"
+                )
+        check_vocabulary(params, self._model.vocab_size)
+        if params.stop and self._tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, which this model has not got: use stop_token_ids")
+        longest = self._scheduler.longest_sequence
+        if len(token_ids) >= longest:
+            limit = "max_model_len" if longest == self._cache.max_model_len else "the KV cache"
+            raise RequestError(
+                f"the prompt has {len(token_ids)} tokens; {limit} leaves room for {longest - 1} and one of output: "
+                "shorten the prompt, or raise max_model_len or num_blocks"
+            )
+        room = longest - len(token_ids)
+        if params.min_tokens > room:
+            raise RequestError(f"min_tokens={params.min_tokens}, but only {room} tokens fit behind this prompt")
+        return Request(
+            request_id=request_id,
+            prompt_token_ids=tuple(map(int, token_ids)),
+            params=params,
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            seed=int(self._seeds.integers(MAX_SEED + 1)) if params.seed is None else params.seed,
+            stop_token_ids=frozenset(params.stop_token_ids)
+            | (frozenset() if params.ignore_eos else frozenset(self._model.eos_token_ids)),
+            arrival_s=self._clock.now_s(),
+            prompt=prompt,
+        )

@@ -1,0 +1,286 @@
+"""The library's face: `LLM` loads a model and generates text, chats, streams and scores."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from tqdm import tqdm
+
+from sarathi_jax.compiling import use_compile_cache
+from sarathi_jax.config import CacheConfig, Dtype, EngineConfig, ModelConfig
+from sarathi_jax.engine import Engine
+from sarathi_jax.executor import DeviceExecutor
+from sarathi_jax.kv.blocks import BlockPool
+from sarathi_jax.request import RequestError, RequestOutput, SamplingParams
+from sarathi_jax.resources import checkpoint_path
+from sarathi_jax.runner import Runner, StartUp
+from sarathi_jax.sampling import SamplingTable
+from sarathi_jax.scheduling.sarathi import SarathiScheduler
+from sarathi_jax.sizing import plan_cache
+from sarathi_jax.tokenizer import Tokenizer, load_tokenizer
+from sarathi_jax.weights.checkpoint import load_parameters, random_parameters, stored_dtype
+from sarathi_jax.weights.directory import load_model_config, load_model_yaml
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Log-likelihood of a text under the model.
+
+    Attributes:
+      token_ids: of the text; the first has nothing before it and no log-probability.
+      logprobs: natural logarithms, of ``token_ids[1:]``.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+    @property
+    def log_likelihood(self) -> float:
+        """Sum over all tokens but the first."""
+        return sum(self.logprobs)
+
+
+class LLM:
+    """A model ready to generate.
+
+    >>> with LLM() as llm:
+    ...     print(llm.generate("It was a", SamplingParams(max_tokens=20))[0].outputs[0].text)
+
+    Args:
+      model: directory in Hugging Face or Orbax format, or a YAML of ``configs/models`` (random weights of that shape,
+        for measurements); None: the small model that ships.
+      dtype: of weights, cache and products; ``auto``: what the checkpoint is stored in.
+      progress: shows bars while loading and compiling.
+      config: any field of `EngineConfig` (`max_model_len`, `max_num_seqs`, `token_budget`, `block_size`, ...).
+
+    Raises:
+      ConfigError: the configuration cannot be served; the message says what to change.
+      WeightsError: the checkpoint is incomplete or corrupt; the message names the tensor and the file.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        dtype: Dtype | Literal["auto"] = "auto",
+        progress: bool = True,
+        **config: Any,
+    ):
+        self._path = checkpoint_path() if model is None else Path(model)
+        use_compile_cache()
+        is_yaml = self._path.suffix in (".yaml", ".yml")
+        self.model_config = load_model_yaml(self._path) if is_yaml else load_model_config(self._path)
+        if dtype == "auto":
+            dtype = "bfloat16" if is_yaml else stored_dtype(self._path, self.model_config)
+        self.engine_config = EngineConfig(dtype=dtype, **config)
+        self.tokenizer: Tokenizer | None = None if is_yaml else load_tokenizer(self._path)
+        if is_yaml:
+            params = random_parameters(self.model_config, dtype, seed=0)
+        else:
+            params = load_parameters(self._path, self.model_config, dtype, progress=progress)
+        self.cache_config = plan_cache(self.model_config, self.engine_config)
+        self._runner = Runner(self.model_config, params, self.engine_config, self.cache_config, progress)
+        self._engine: Engine | None = build_engine(
+            self.model_config, self.engine_config, self.cache_config, self._runner, self.tokenizer
+        )
+        self._ids = itertools.count()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._engine is None else f"{self.start_up.num_programs} programs"
+        return (
+            f"LLM({str(self._path)!r}, dtype={self.engine_config.dtype!r}, "
+            f"max_model_len={self.cache_config.max_model_len}, blocks={self.cache_config.num_blocks} x "
+            f"{self.cache_config.block_size}, {state}, {jax.devices()[0].device_kind})"
+        )
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the weights and the cache; safe to call twice."""
+        self._engine = None
+        self._runner = None
+
+    @property
+    def start_up(self) -> StartUp:
+        """What compiling cost."""
+        return self._open_runner().start_up
+
+    @property
+    def num_late_compiles(self) -> int:
+        """Programs compiled after warm-up; anything but 0 is a bug."""
+        return self._open_runner().num_late_compiles
+
+    @property
+    def engine(self) -> Engine:
+        """The step loop, for callers that drive it themselves."""
+        if self._engine is None:
+            raise RuntimeError("this LLM is closed: build a new one")
+        return self._engine
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Generates for every prompt; all of them share the device.
+
+        Args:
+          prompts: a text, a list of token ids, or a list of either.
+          sampling_params: for all prompts, or one a prompt; None: the defaults.
+          use_tqdm: shows a bar when there are several prompts.
+
+        Returns:
+          One output a prompt, in their order.
+
+        Raises:
+          RequestError: a prompt or parameter that cannot be served; nothing is generated then.
+        """
+        batch = [prompts] if isinstance(prompts, str) or _is_token_ids(prompts) else list(prompts)
+        params = sampling_params or SamplingParams()
+        each = [params] * len(batch) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(batch):
+            raise RequestError(f"{len(batch)} prompts but {len(each)} sampling_params: give one, or one a prompt")
+        ids: list[str] = []
+        try:
+            for prompt, its in zip(batch, each, strict=True):
+                ids.append(self.submit(prompt, its))
+        except RequestError as error:
+            for request_id in ids:
+                self.engine.abort(request_id)
+            raise RequestError(f"prompt {len(ids)}: {error}" if len(batch) > 1 else str(error)) from None
+        outputs = self._finish(ids, use_tqdm and len(ids) > 1)
+        return [outputs[request_id] for request_id in ids]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Generates the next message of one conversation or of several, with the model's chat template.
+
+        Args:
+          messages: ``[{"role": "user", "content": "..."}, ...]``, or a list of such.
+          sampling_params, use_tqdm: as in `generate`.
+
+        Raises:
+          RequestError: the model has no tokenizer or no chat template.
+        """
+        several = bool(messages) and not isinstance(messages[0], Mapping)
+        conversations: Sequence[Any] = messages if several else [messages]
+        prompts = [self._chat_tokens(conversation) for conversation in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Yields the output so far after every token. Leaving the loop early aborts the request.
+
+        Raises:
+          RequestError: as `generate`.
+        """
+        request_id = self.submit(prompt, sampling_params or SamplingParams())
+        try:
+            while self.engine.has_work:
+                for output in self.engine.step():
+                    if output.request_id == request_id:
+                        yield output
+                        if output.finished:
+                            return
+        finally:
+            self.engine.abort(request_id)
+
+    def score(self, texts: Prompt | Sequence[Prompt], *, use_tqdm: bool = True) -> list[Score]:
+        """Log-likelihood of each text.
+
+        Args:
+          texts: as the prompts of `generate`; each needs room for one more token.
+          use_tqdm: shows a bar when there are several.
+        """
+        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+        scores = []
+        for output in self.generate(texts, params, use_tqdm=use_tqdm):
+            assert output.prompt_logprobs is not None
+            ids, tables = output.prompt_token_ids, output.prompt_logprobs[1:]
+            logprobs = tuple(table[i].logprob for i, table in zip(ids[1:], tables, strict=True) if table is not None)
+            scores.append(Score(ids, logprobs))
+        return scores
+
+    def submit(self, prompt: Prompt, sampling_params: SamplingParams, request_id: str | None = None) -> str:
+        """Queues one request without waiting; `engine.step` works on it. Returns its id.
+
+        Raises:
+          RequestError: as `generate`.
+        """
+        request_id = f"request-{next(self._ids)}" if request_id is None else request_id
+        if not isinstance(prompt, str):
+            self.engine.add_request(request_id, prompt, sampling_params)
+            return request_id
+        if self.tokenizer is None:
+            raise RequestError(f"{self._path} has no tokenizer: give the prompt as token ids")
+        if not prompt:
+            raise RequestError("the prompt is empty: give at least one character")
+        self.engine.add_request(request_id, self.tokenizer.encode(prompt), sampling_params, prompt)
+        return request_id
+
+    def _finish(self, ids: Sequence[str], use_tqdm: bool) -> dict[str, RequestOutput]:
+        """Steps until the requests have finished; if interrupted, aborts what is left of them."""
+        wanted, outputs, num_tokens = set(ids), {}, 0
+        with tqdm(total=len(ids), desc="generate", unit="request", disable=not use_tqdm) as bar:
+            try:
+                while len(outputs) < len(wanted):
+                    for output in self.engine.step():
+                        if output.finished and output.request_id in wanted:
+                            outputs[output.request_id] = output
+                            num_tokens += sum(len(sample.token_ids) for sample in output.outputs)
+                            bar.set_postfix(tokens=num_tokens, refresh=False)
+                            bar.update()
+            finally:
+                if self._engine is not None:
+                    for request_id in wanted - outputs.keys():
+                        self._engine.abort(request_id)
+        return outputs
+
+    def _chat_tokens(self, messages: Sequence[Message]) -> list[int]:
+        if self.tokenizer is None:
+            raise RequestError(f"{self._path} has no tokenizer, so no chat template: use generate with token ids")
+        text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _open_runner(self) -> Runner:
+        if self._runner is None:
+            raise RuntimeError("this LLM is closed: build a new one")
+        return self._runner
+
+
+def build_engine(
+    model: ModelConfig, engine: EngineConfig, cache: CacheConfig, runner: Runner, tokenizer: Tokenizer | None
+) -> Engine:
+    """Joins scheduler, executor and engine around a runner."""
+    scheduler = SarathiScheduler(
+        BlockPool(cache.num_blocks),
+        block_size=cache.block_size,
+        buckets=engine.buckets,
+        max_num_seqs=engine.max_num_seqs,
+        window=model.cache_window,
+        max_model_len=cache.max_model_len,
+    )
+    sequences = {}
+    sampling = SamplingTable(engine.max_running, model.vocab_size)
+    executor = DeviceExecutor(runner, sampling, sequences, scheduler.table)
+    return Engine(model, engine, cache, scheduler, executor, sequences, tokenizer)
+
+
+def _is_token_ids(prompts: Any) -> bool:
+    return not isinstance(prompts, str) and len(prompts) > 0 and not isinstance(prompts[0], str | Sequence)

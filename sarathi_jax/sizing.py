@@ -1,0 +1,60 @@
+"""How large the KV cache can be: what the device has left beside the weights and the largest program."""
+
+from pathlib import Path
+
+import jax
+
+from sarathi_jax.config import CacheConfig, ConfigError, EngineConfig, ModelConfig
+from sarathi_jax.kv.cache import block_bytes
+from sarathi_jax.runner import StepProgram
+
+
+def plan_cache(model: ModelConfig, engine: EngineConfig) -> CacheConfig:
+    """Sizes the cache; call it when the weights are on the device.
+
+    Without `num_blocks` the cache holds as many blocks as `max_num_seqs` sequences can use, or as many as fit.
+
+    Raises:
+      ConfigError: not even one sequence of a few blocks fits, or `max_model_len` exceeds the model's.
+    """
+    max_model_len = model.max_position if engine.max_model_len is None else engine.max_model_len
+    if max_model_len > model.max_position:
+        raise ConfigError(
+            f"max_model_len={max_model_len} exceeds the {model.max_position} positions the model was trained for: "
+            "lower it, or give the model a rope scaling that extends them"
+        )
+    if max_model_len < 2:
+        raise ConfigError(f"max_model_len={max_model_len} leaves no room for a prompt and an output token")
+    per_seq = -(-max_model_len // engine.block_size)
+    if model.cache_window is not None:
+        # A windowed sequence frees what it passed: it holds its window, the largest chunk, and two cut blocks.
+        span = model.cache_window + engine.buckets[-1]
+        per_seq = min(per_seq, -(-span // engine.block_size) + 2)
+    wanted = engine.max_running * per_seq if engine.num_blocks is None else engine.num_blocks
+    cache = CacheConfig(wanted, engine.block_size, max_model_len)
+    if engine.num_blocks is not None:
+        return cache
+    bytes_each, free = block_bytes(model, engine.block_size, engine.dtype), free_bytes()
+    if wanted * bytes_each <= free * engine.memory_fraction / 2:
+        return cache
+    # Scratch memory does not depend on the size of the cache, which is donated.
+    program = StepProgram(model, engine, cache).compile(engine.buckets[-1])
+    left = free - program.memory_analysis().temp_size_in_bytes
+    fits = int(left * engine.memory_fraction) // bytes_each
+    if fits < 2:
+        raise ConfigError(
+            f"{free / 1e9:.2f} GB are free beside the weights, too little for the scratch memory of a step of "
+            f"{engine.buckets[-1]} tokens and a KV cache: lower token_budget or use a smaller model"
+        )
+    return CacheConfig(min(wanted, fits), engine.block_size, max_model_len)
+
+
+def free_bytes() -> int:
+    """Memory that is left on the default device; on a CPU, of the machine."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise ConfigError("this system does not tell how much memory is free: give num_blocks")
