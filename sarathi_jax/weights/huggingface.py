@@ -9,13 +9,13 @@ from tqdm import tqdm
 
 from sarathi_jax.config import ConfigError, ModelConfig
 from sarathi_jax.weights import safetensors
+from sarathi_jax.weights.buffers import adopt, aligned_empty
 from sarathi_jax.weights.directory import read_json, write_json
 from sarathi_jax.weights.mapping import HEAD_TENSOR, ParameterSource, hf_tensors, is_tolerated, parameter_sources
 from sarathi_jax.weights.safetensors import StoredTensor, WeightsError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_ALIGNMENT_BYTES = 64  # what XLA asks of a buffer that it adopts without a copy
 _NAMED = 5  # tensors listed in an error message
 
 
@@ -86,15 +86,13 @@ def load(directory: Path, config: ModelConfig, dtype: np.dtype, progress: bool) 
     num_bytes = sum(stored[name].end - stored[name].begin for name in hf_tensors(config))
     with _bar("loading weights", num_bytes, progress) as bar:
         for source in parameter_sources(config):
-            buffer = _aligned_empty(source.shape, dtype)
+            buffer = aligned_empty(source.shape, dtype)
             for part in source.parts:
                 for read_bytes in safetensors.read_into(stored[part.tensor_name], part.region(buffer)):
                     bar.update(read_bytes)
             if source.path == "embed.weight" and config.tie_embeddings and HEAD_TENSOR in stored:
                 _check_tied_head(stored[HEAD_TENSOR], buffer)
-            # On CPU the array adopts the buffer (no second copy), so nobody may write to it any more.
-            buffer.setflags(write=False)
-            parameters[source.path] = jax.device_put(buffer).block_until_ready()
+            parameters[source.path] = adopt(buffer)
     return parameters
 
 
@@ -140,13 +138,6 @@ def _check_tied_head(head: StoredTensor, embedding: np.ndarray) -> None:
             f"{head.path}: config.json ties the output head to the embedding, but {HEAD_TENSOR!r} differs from it; "
             "if the model has a head of its own, set tie_word_embeddings to false in config.json"
         )
-
-
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    num_bytes = int(np.prod(shape)) * dtype.itemsize
-    raw = np.empty(num_bytes + _ALIGNMENT_BYTES, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT_BYTES
-    return raw[start : start + num_bytes].view(dtype).reshape(shape)
 
 
 def _bar(what: str, num_bytes: int, progress: bool) -> tqdm:

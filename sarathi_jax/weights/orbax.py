@@ -75,5 +75,7 @@ def _metadata(checkpointer: ocp.Checkpointer, directory: Path) -> dict[str, Any]
         raise WeightsError(f"{directory / ARRAYS_DIRECTORY} is no Orbax checkpoint ({error}); copy it again") from error
     stored = getattr(metadata, "tree", None)
     if not isinstance(stored, dict) or not stored or not all(hasattr(entry, "shape") for entry in stored.values()):
-        raise WeightsError(f"{directory / ARRAYS_DIRECTORY} does not hold one flat dict of arrays")
+        raise WeightsError(
+            f"{directory / ARRAYS_DIRECTORY} is no Orbax checkpoint of a flat dict of arrays; copy it again"
+        )
     return stored
