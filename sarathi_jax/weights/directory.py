@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -139,13 +140,22 @@ def new_directory(target: str | os.PathLike[str], needed_bytes: int = 0) -> Iter
         yield partial
         partial.replace(target)
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         if _is_disk_full(error):
             raise WeightsError(
                 f"the disk of {target.parent} is full: free some room or choose another disk; what was half written "
                 "is removed and the source is untouched"
             ) from error
         raise
+
+
+def _remove(directory: Path) -> None:
+    # Threads of a writer that failed may still be adding files.
+    for _ in range(20):
+        shutil.rmtree(directory, ignore_errors=True)
+        if not directory.exists():
+            return
+        time.sleep(0.1)
 
 
 def _is_disk_full(error: BaseException) -> bool:
