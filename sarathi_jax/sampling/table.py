@@ -77,8 +77,8 @@ _NEUTRAL: dict[str, Any] = {
 class SamplingTable:
     """Host side of the sampling parameters: a running sequence owns a row, every other row is neutral.
 
-    Each field is copied to the device only when a row of it changed, so most steps transfer nothing and an arriving
-    greedy request transfers its prompt length alone.
+    Each field is copied to the device only when a row of it changed, so most steps transfer nothing, and nor does the
+    arrival of a greedy request that wishes for nothing more.
 
     Args:
       num_rows: sequences that may run at once.
