@@ -20,6 +20,9 @@ GREEDY = SamplingParams(
 )
 """One token more than the oracle drew, so that the logits after `NUM_DECODES` steps are used as well."""
 
+ENGINE = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 8, "block_size": 16, "progress": False}
+"""How the engine serves a tiny model; the budget is the test's matter."""
+
 
 def longest_first(expected: Sequence[Expected]) -> list[Expected]:
     """The prompts, longest first: any number of leading ones has a text longer than the window."""

@@ -52,8 +52,10 @@ class PagedModel:
         if backend == "reference":
             self._step = functools.partial(step, reference.ragged_paged_attention)
         else:
-            attention = functools.partial(ragged_paged_attention, backend=backend)
-            self._step = jax.jit(functools.partial(step, attention), donate_argnums=1)
+            # Ahead of time, as the runner does: parameters from wherever they were loaded meet the same program.
+            program = jax.jit(functools.partial(step, functools.partial(ragged_paged_attention, backend=backend)))
+            buffer = jax.ShapeDtypeStruct((self._layout.size,), jnp.int32)
+            self._step = program.lower(params, self._empty_cache(), buffer).compile()
 
     def with_params(self, params: Mapping[str, jax.Array]) -> "PagedModel":
         """The same compiled program with other parameters.

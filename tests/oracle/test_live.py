@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sarathi_jax.llm import LLM
 from sarathi_jax.weights.checkpoint import save_orbax
-from tests.agreement import forward_error, longest_first
+from tests.agreement import ENGINE, GREEDY, check_outputs, forward_error, longest_first
 from tests.forward import PagedModel, load_model
 from tests.golden_file import TOLERANCE, Expected, read_expected, read_golden
 from tests.oracle.reference import VARIABLE, oracle_python, run_reference
@@ -83,3 +84,18 @@ def test_every_logit_in_every_batch_and_chunk_size(oracle: Oracle, tmp_path: Pat
     reloaded = model.with_params(orbax_params)
     for chunk_size in CHUNK_SIZES:
         assert forward_error(reloaded, expected, chunk_size) <= TOLERANCE, f"from Orbax, in chunks of {chunk_size}"
+
+
+@pytest.mark.parametrize(
+    ("name", "budget"),
+    [(name, 16) for name in TINY]
+    + [(name, budget) for name in ("mistral", "qwen2-yarn-mixed", "falcon-40b") for budget in (1, 7, 64)],
+)
+def test_engine_in_every_batch_size(oracle: Oracle, name: str, budget: int):
+    """Steps of exactly `budget` tokens, prefill chunks filling what decodes leave."""
+    expected = longest_first(oracle.expected(name))
+    with LLM(oracle.resaved(name), **ENGINE, token_budget=budget, token_buckets=(budget,)) as llm:
+        for num_requests in range(1, len(expected) + 1):
+            part = expected[:num_requests]
+            check_outputs(llm.generate([one.prompt for one in part], GREEDY, use_tqdm=False), part)
+        assert llm.num_late_compiles == 0
