@@ -24,6 +24,7 @@ CHUNK_SIZES = (1, 7, 16, 64)
 pytestmark = [
     pytest.mark.oracle,
     pytest.mark.slow,
+    pytest.mark.timeout(1200),  # the first test waits for the oracle
     pytest.mark.skipif(
         oracle_python() is None, reason=f"{VARIABLE} names no Python with torch and transformers: make test-oracle"
     ),
