@@ -50,6 +50,7 @@ def draw(cases: list[Case], rows: list[int] | None = None, size: int = 8) -> Dra
     for i, (row, case) in enumerate(zip(rows, cases, strict=True)):
         table.set_row(row, case.sequence)
         known = case.prompt + case.output
+        history[row] = np.argmax(case.logits)  # the token whose penalty would show most
         history[row, : len(known)] = known
         logits[i] = case.logits
         positions[i] = len(known)
