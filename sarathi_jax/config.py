@@ -166,12 +166,14 @@ class CacheConfig:
 
 
 def default_buckets(token_budget: int) -> tuple[int, ...]:
-    """Powers of two below the budget, and the budget itself.
+    """1, the powers of two from 8 on below the budget, and the budget itself.
+
+    2 and 4 are left out: a step of 8 costs hardly more, and every bucket is a program to compile.
 
     Args:
       token_budget: tokens of the largest step.
     """
-    powers = [1 << i for i in range(token_budget.bit_length()) if 1 << i < token_budget]
+    powers = [1 << i for i in range(token_budget.bit_length()) if i not in (1, 2) and 1 << i < token_budget]
     return (*powers, token_budget)
 
 

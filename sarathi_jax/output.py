@@ -64,7 +64,10 @@ class SampleRecord:
 
     def __init__(self, index: int, request: Request, tokenizer: Tokenizer | None):
         wants_text = tokenizer is not None and request.params.detokenize
-        decoder = IncrementalDecoder(tokenizer, request.params.skip_special_tokens) if wants_text else None
+        # The text goes on from the prompt, so a space before its first word is part of it.
+        decoder = (
+            IncrementalDecoder(tokenizer, request.params.skip_special_tokens, at_start=False) if wants_text else None
+        )
         self.index = index
         self.request = request
         self.text = SampleText(request, decoder)

@@ -3,8 +3,10 @@
 import dataclasses
 import logging
 import math
+import os
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,8 @@ from sarathi_jax.config import CacheConfig, EngineConfig, ModelConfig
 from sarathi_jax.kv.cache import KVCache, allocate_cache, cache_shapes
 from sarathi_jax.models import Attend, ModelFunction
 from sarathi_jax.sampling import Drawn, SamplingParamsArrays, SamplingTable, prompt_logprobs, sample
+
+_MAX_COMPILE_THREADS = 4
 
 
 @jax.tree_util.register_dataclass
@@ -156,11 +160,12 @@ class Runner:
         self._params = tuple(params[name] for name in program.parameter_names)
         self._compiles = CompileCounter()
         start_s = time.perf_counter()
-        self.programs: dict[int, jax.stages.Compiled] = {}
-        bar = tqdm(engine.buckets, "compile", unit="program", disable=not progress, leave=False)
-        for bucket in bar:
-            bar.set_postfix(bucket=bucket)
-            self.programs[bucket] = program.compile(bucket)
+        # Largest first: with several cores the last one to finish should be a small one.
+        order = engine.buckets[::-1]
+        with ThreadPoolExecutor(min(_MAX_COMPILE_THREADS, os.cpu_count() or 1)) as threads:
+            compiled = threads.map(program.compile, order)
+            bar = tqdm(compiled, "compile", total=len(order), unit="program", disable=not progress, leave=False)
+            self.programs: dict[int, jax.stages.Compiled] = dict(zip(order, bar, strict=True))
         self.start_up = StartUp(
             num_programs=len(self.programs),
             compile_s=time.perf_counter() - start_s,

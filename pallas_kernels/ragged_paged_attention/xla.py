@@ -9,6 +9,9 @@ length, and absent work costs nothing.
     rows    1   1   1  |  64           36     | 20
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -35,6 +38,8 @@ def write_kv(k_new: Array, v_new: Array, kv_cache: tuple[Array, Array], write_in
     return write(kv_cache[0], k_new), write(kv_cache[1], v_new)
 
 
+# Jitted, so that the layers of a model share one trace.
+@functools.partial(jax.jit, static_argnames=("scale", "window"))
 def ragged_paged_attention(
     q: Array,
     k_new: Array,
