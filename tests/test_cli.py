@@ -21,9 +21,10 @@ class ScriptedLLM:
     """Continues every text with the same four words."""
 
     made = None
+    start_up = types.SimpleNamespace(num_programs=3, compile_s=0.5)
 
-    def __init__(self, model=None, **engine):
-        self.model, self.engine = model, EngineConfig(**engine)
+    def __init__(self, model=None, *, dtype="auto", progress=True, **engine):
+        self.model, self.dtype, self.engine = model, dtype, EngineConfig(**engine)
         ScriptedLLM.made = self
 
     def __enter__(self):
@@ -74,8 +75,9 @@ def test_flags_reach_the_engine_and_the_request(scripted):
     arguments = "--model m --dtype float32 --token_budget 64 --nooverlap --token_buckets 8,64 --max_tokens none"
     more = "--stop a --stop b --stop_token_ids 5,6 --logit_bias 7:-1.5,8:2 --seed 3 --n 2 --ignore_eos --logprobs 0"
     assert run("generate", "--prompt", "Once", *arguments.split(), *more.split()) == 0
-    assert scripted.made.model == "m"
-    assert scripted.made.engine == EngineConfig(dtype="float32", token_budget=64, overlap=False, token_buckets=(8, 64))
+    assert scripted.made.model == Path("m")
+    assert scripted.made.dtype == "float32"
+    assert scripted.made.engine == EngineConfig(token_budget=64, overlap=False, token_buckets=(8, 64))
     assert scripted.made.params == SamplingParams(
         max_tokens=None,
         stop=("a", "b"),
@@ -146,7 +148,7 @@ def test_a_command_line_that_makes_no_sense_is_one_clear_line(capsys, arguments,
 
 def test_what_fails_later_is_one_line_too_and_a_traceback_on_demand(scripted, capsys):
     assert run("generate", "--prompt", "") == 1
-    assert capsys.readouterr().err == "error: the prompt is empty\n"
+    assert capsys.readouterr().err.splitlines() == ["3 programs ready in 0.5 s", "error: the prompt is empty"]
     assert run("generate", "--prompt_file", "/nowhere/at/all") == 1
     assert capsys.readouterr().err == "error: /nowhere/at/all: No such file or directory\n"
 
@@ -154,7 +156,8 @@ def test_what_fails_later_is_one_line_too_and_a_traceback_on_demand(scripted, ca
 def test_an_unexpected_error_names_its_type(scripted, capsys, monkeypatch):
     monkeypatch.setattr(ScriptedLLM, "stream", lambda *_: 1 / 0)
     assert run("generate", "--prompt", "a") == 1
-    assert capsys.readouterr().err == "error: unexpected ZeroDivisionError: division by zero (--v=1 shows where)\n"
+    error = "error: unexpected ZeroDivisionError: division by zero (--v=1 shows where)\n"
+    assert capsys.readouterr().err.endswith(error)
 
 
 @pytest.mark.parametrize("verb", ["generate", "models", "convert", "train"])

@@ -93,7 +93,8 @@ def given_fields(
 ) -> dict[str, Any]:
     """The fields of a dataclass that the command line names (and those in `always`), as keyword arguments."""
     names = [field.name for field in dataclasses.fields(cls) if field.name in values and field.name not in skip]
-    return {name: values[name].value for name in names if values[name].present or name in always}
+    given = {name: values[name].value for name in names if values[name].present or name in always}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 def field_docs(cls: type) -> dict[str, str]:
@@ -128,7 +129,8 @@ def describe(values: flags.FlagValues) -> str:
     for name in _in_order(values):
         flag = values[name]
         kind = "" if flag.boolean else f"={_metavar(flag)}"
-        empty = flag.default is None or flag.default is False or flag.default in ((), {}, [])
+        # A default that is a list of texts is too long to show.
+        empty = flag.default in (None, (), {}) or flag.default is False or isinstance(flag.default, list)
         default = "" if empty else f" (default {str(flag.default).lower() if flag.boolean else flag.default})"
         lines.append(f"  --{'[no]' if flag.boolean else ''}{name}{kind}")
         text = (flag.help or "").replace("(no help available)", "")  # absl's words for a flag without
@@ -174,14 +176,15 @@ def _define(values: flags.FlagValues, name: str, hint: Any, default: Any, text: 
     if kind is bool:
         flags.DEFINE_boolean(name, default, text, flag_values=values)
         return
-    if kind is str and len(arms) > 1:
+    is_list = origin in (collections.abc.Sequence, tuple)
+    if (kind is str and len(arms) > 1) or (is_list and typing.get_args(kind)[0] is str):
         flags.DEFINE_multi_string(name, list(default) or None, text.rstrip("."), flag_values=values)
         return
     if origin is typing.Literal:
         parser = flags.EnumParser(list(typing.get_args(kind)))
     elif origin is collections.abc.Mapping:
         parser = _BiasTable()
-    elif origin in (collections.abc.Sequence, tuple):
+    elif is_list:
         parser = _IntList()
     else:
         parser = _PARSERS[kind]()

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from sarathi_jax.cli.fields import UsageError, define_fields, given_fields
-from sarathi_jax.config import ConfigError, EngineConfig
+from sarathi_jax.config import DTYPES, ConfigError, EngineConfig
 from sarathi_jax.jobs.batch import run_job
 from sarathi_jax.jobs.rows import dump, output_fields
 from sarathi_jax.request import RequestError, RequestOutput, SamplingParams
@@ -39,7 +39,7 @@ SUMMARY = "writes what comes after a prompt, or answers a file of prompts"
 
 Prompt = str | list[int]
 _DEFAULTS = {"max_tokens": 128}
-_NOT_OF_THE_ENGINE = ("seed",)  # --seed is the request's
+_NOT_OF_THE_ENGINE = ("seed", "dtype")  # --seed is the request's; --dtype knows one word more
 _TEXTS = {"include_stop_str_in_output": "the stop string that ended the text is part of it."}
 
 
@@ -54,6 +54,9 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("input", None, "batch job: file of JSON lines to answer.", flag_values=values)
     flags.DEFINE_string("output", None, "batch job: file of JSON lines to write or go on with.", flag_values=values)
     flags.DEFINE_string("model", None, "model folder; without it the small model that ships.", flag_values=values)
+    flags.DEFINE_enum(
+        "dtype", "auto", ["auto", *DTYPES], "of weights and cache; auto: as the model is stored.", flag_values=values
+    )
     define_fields(values, SamplingParams, defaults=_DEFAULTS, texts=_TEXTS)
     define_fields(values, EngineConfig, skip=_NOT_OF_THE_ENGINE)
 
@@ -87,7 +90,11 @@ def _load(values: flags.FlagValues, engine: dict[str, Any]) -> "LLM":
     # Here, so that --help and wrong flags are answered without waiting for jax.
     from sarathi_jax.llm import LLM
 
-    return LLM(values.model, **engine)
+    model = None if values.model is None else Path(values.model).expanduser()
+    llm = LLM(model, dtype=values.dtype, progress=sys.stderr.isatty(), **engine)
+    start_up = llm.start_up
+    print(f"{start_up.num_programs} programs ready in {start_up.compile_s:.1f} s", file=sys.stderr)
+    return llm
 
 
 def _run_job(values: flags.FlagValues, engine: dict[str, Any], sampling: dict[str, Any]) -> int:

@@ -24,18 +24,16 @@ class InputRow:
     Attributes:
       line: its number in the input file, from 1: the key of the job, unique even where ids are not.
       row_id: the line's own `id`, or the line number.
-      prompt: text, token ids, or chat messages (a tuple of mappings).
       params: of the job, overridden by the line's own.
+      prompt: text or token ids; None for a chat.
+      messages: of a chat; None otherwise.
     """
 
     line: int
     row_id: str | int
-    prompt: str | tuple[int, ...] | tuple[Mapping[str, Any], ...]
     params: SamplingParams
-
-    @property
-    def is_chat(self) -> bool:
-        return isinstance(self.prompt, tuple) and bool(self.prompt) and isinstance(self.prompt[0], Mapping)
+    prompt: str | tuple[int, ...] | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
 
 
 def parse_row(text: bytes, line: int, defaults: Mapping[str, Any]) -> InputRow:
@@ -57,7 +55,9 @@ def parse_row(text: bytes, line: int, defaults: Mapping[str, Any]) -> InputRow:
     kinds = [key for key in _PROMPTS if fields.get(key) is not None]
     if len(kinds) != 1:
         raise RowError(f"a row needs exactly one of {', '.join(_PROMPTS)}; this one has {', '.join(kinds) or 'none'}")
-    return InputRow(line, read_id(text, line), _prompt(kinds[0], fields[kinds[0]]), _params(fields, defaults))
+    kind = kinds[0]
+    prompt = {"messages" if kind == "messages" else "prompt": _prompt(kind, fields[kind])}
+    return InputRow(line, read_id(text, line), _params(fields, defaults), **prompt)
 
 
 def read_id(text: bytes, line: int) -> str | int:
@@ -97,8 +97,13 @@ def output_fields(output: RequestOutput) -> dict[str, Any]:
 
 
 def dump(fields: Mapping[str, Any]) -> str:
-    """A JSON object on one line."""
-    return json.dumps(fields, ensure_ascii=False, allow_nan=False)
+    """A JSON object on one line, valid UTF-8 whatever its texts hold."""
+    text = json.dumps(fields, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell and UTF-8 cannot
+        return json.dumps(fields, allow_nan=False)
+    return text
 
 
 def _load(text: bytes) -> dict[str, Any]:
@@ -113,7 +118,7 @@ def _load(text: bytes) -> dict[str, Any]:
     return fields
 
 
-def _prompt(kind: str, value: Any) -> str | tuple[int, ...] | tuple[Mapping[str, Any], ...]:
+def _prompt(kind: str, value: Any) -> Any:
     if kind == "prompt":
         if not isinstance(value, str):
             raise RowError(f"prompt must be a text; for token ids say prompt_token_ids (it is {type(value).__name__})")

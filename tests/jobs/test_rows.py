@@ -14,14 +14,13 @@ def test_defaults_of_the_job_and_parameters_of_the_row():
     parsed = parse_row(row(prompt="hi", id="a", sampling_params={"max_tokens": 3}), 7, {"max_tokens": 9, "seed": 1})
     assert (parsed.line, parsed.row_id, parsed.prompt) == (7, "a", "hi")
     assert (parsed.params.max_tokens, parsed.params.seed) == (3, 1)
-    assert not parsed.is_chat
+    assert parsed.messages is None
 
 
 def test_prompts_of_three_kinds_and_an_id_by_default():
     assert parse_row(row(prompt_token_ids=[1, 2]), 3, {}).prompt == (1, 2)
     chat = parse_row(row(messages=[{"role": "user", "content": "hi"}]), 4, {})
-    assert chat.is_chat
-    assert chat.row_id == 4
+    assert (chat.prompt, chat.messages, chat.row_id) == (None, ({"role": "user", "content": "hi"},), 4)
 
 
 def test_json_keys_of_logit_bias_become_token_ids():
@@ -62,6 +61,11 @@ def test_the_id_of_a_bad_row_is_kept_where_it_can_be_read():
     assert read_id(b"{", 4) == 4
     assert read_id(row(id=True), 4) == 4
     assert read_id(row(id=[1]), 4) == 4
+
+
+def test_half_a_surrogate_pair_is_written_as_valid_utf_8():
+    line = dump({"id": "\ud800", "text": "é"})
+    assert json.loads(line.encode()) == {"id": "\ud800", "text": "é"}
 
 
 def test_output_is_one_line_of_strict_json():
