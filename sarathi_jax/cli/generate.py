@@ -147,12 +147,11 @@ def _without_newline(text: str) -> str:
 
 
 def _stream(llm: "LLM", prompt: str, params: SamplingParams) -> None:
-    print(prompt, end="", flush=True)
-    length = 0
+    shown = ""
     for output in llm.stream(prompt, params):
-        text = output.outputs[0].text
-        print(text[length:], end="", flush=True)
-        length = len(text)
+        text = prompt + output.outputs[0].text  # the prompt with the first token, not before: it may be refused
+        print(text[len(shown) :], end="", flush=True)
+        shown = text
     print(flush=True)
 
 
