@@ -117,7 +117,8 @@ def _attend_tile(
     dtype = kv_cache[0].dtype
     q = q.swapaxes(0, 1).reshape(kv_heads, rows * heads_per_kv, head_dim).astype(dtype).astype(jnp.float32)
     row_positions = position + jnp.arange(rows * heads_per_kv) // heads_per_kv
-    flat = [cache.reshape(num_blocks * kv_heads, block_size, head_dim) for cache in kv_cache]
+    # A (block, head) is one row: gathering whole rows takes half the time of gathering [block_size, head_dim] slices.
+    flat = [cache.reshape(num_blocks * kv_heads, block_size * head_dim) for cache in kv_cache]
 
     def add_segment(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         best, total, out = carry
