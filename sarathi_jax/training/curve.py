@@ -34,7 +34,7 @@ def draw_curve(rows: Sequence[dict[str, float]], bytes_per_token: float, baselin
     axes.plot(seen[width - 1 :], smooth, label=f"training, mean of {width} steps", linewidth=1)
     held_out = [(x, row["bits_per_byte"]) for x, row in zip(seen, rows, strict=True) if "bits_per_byte" in row]
     if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o-", label="held out, windows of 512 tokens", markersize=3)
+        axes.plot(*zip(*held_out, strict=True), "o-", label="held out, windows as long as the phase's", markersize=3)
     axes.axhline(baseline, color="grey", linestyle="--", label="Kneser-Ney trigram")
     axes.set(xlabel="million tokens seen", ylabel="bits per byte", ylim=(None, float(np.percentile(losses, 97))))
     axes.grid(alpha=0.3)

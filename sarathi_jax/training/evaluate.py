@@ -1,5 +1,6 @@
 """Held-out bits of a model, and of its n-gram baselines, over the same tokens."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 
@@ -15,12 +16,25 @@ TokenLosses = Callable[[Params, jax.Array], jax.Array]
 _BATCH_TOKENS = 8192
 
 
-def held_out_bits(
-    token_losses: TokenLosses, params: Params, documents: Iterable[TokenIds], length: int, stride: int
-) -> float:
-    """Bits that the model needs for every token of the documents, end tokens included.
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """How well held-out documents are predicted.
 
-    Windows of `length` tokens overlap, and a token is scored in the first window that reaches it, so that all but the
+    Attributes:
+      bits: for all tokens together, each counted once.
+      nats_by_position: f64[length], mean loss at each position of the windows that a document fills.
+    """
+
+    bits: float
+    nats_by_position: np.ndarray
+
+
+def score(
+    token_losses: TokenLosses, params: Params, documents: Iterable[TokenIds], length: int, stride: int
+) -> HeldOut:
+    """Scores every token of the documents, end tokens included.
+
+    Windows of `length` tokens overlap, and a token counts in the first window that reaches it, so that all but the
     first tokens of a document are predicted from at least ``length - stride`` tokens.
 
     Args:
@@ -30,42 +44,25 @@ def held_out_bits(
       length: tokens of a window.
       stride: tokens between the starts of windows, at most `length`.
     """
-    windows, weights = [], []
+    windows, counted, full = [], [], []
     for document in documents:
         tokens = np.concatenate([[BOS_ID], document]).astype(np.int32)
-        scored = 1
+        reached = 1
         for start in range(0, len(tokens), stride):
-            if scored >= len(tokens):
+            if reached >= len(tokens):
                 break
-            window = np.full(length + 1, BOS_ID, np.int32)
             piece = tokens[start : start + length + 1]
+            window = np.full(length + 1, BOS_ID, np.int32)
             window[: len(piece)] = piece
             targets = np.arange(start + 1, start + length + 1)
             windows.append(window)
-            weights.append((targets >= scored) & (targets < len(tokens)))
-            scored = start + length + 1
+            counted.append((targets >= reached) & (targets < len(tokens)))
+            full.append(len(piece) == length + 1)
+            reached = start + length + 1
     rows = max(1, _BATCH_TOKENS // length)
-    nats = 0.0
-    for first in range(0, len(windows), rows):
-        batch = np.zeros((rows, length + 1), np.int32)
-        mask = np.zeros((rows, length), bool)
-        count = len(windows[first : first + rows])
-        batch[:count], mask[:count] = windows[first : first + rows], weights[first : first + rows]
-        nats += float(np.asarray(token_losses(params, jnp.asarray(batch)))[mask].sum(dtype=np.float64))
-    return nats / math.log(2)
-
-
-def nats_by_position(
-    token_losses: TokenLosses, params: Params, documents: Iterable[TokenIds], length: int
-) -> np.ndarray:
-    """Mean loss at each position of windows that start where a document starts or continues: f64[length].
-
-    A context that is real shows as a curve that falls or stays level out to its end.
-    """
-    tokens = np.concatenate([np.concatenate([[BOS_ID], document]) for document in documents]).astype(np.int32)
-    starts = range(0, len(tokens) - length, length // 2)
-    total = np.zeros(length)
-    for start in starts:
-        window = jnp.asarray(tokens[None, start : start + length + 1])
-        total += np.asarray(token_losses(params, window), np.float64)[0]
-    return total / max(1, len(starts))
+    # The last batch is filled up, so that one shape is compiled.
+    filled = np.stack(windows + windows[:1] * (-len(windows) % rows))
+    batches = [token_losses(params, jnp.asarray(filled[i : i + rows])) for i in range(0, len(filled), rows)]
+    losses = np.concatenate(batches)[: len(windows)].astype(np.float64)
+    by_position = losses[full].mean(axis=0) if any(full) else np.full(length, np.nan)
+    return HeldOut(losses[np.stack(counted)].sum() / math.log(2), by_position)

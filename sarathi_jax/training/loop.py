@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from sarathi_jax.training.batches import batch_at
 from sarathi_jax.training.corpus import Split, read_books, split_books
-from sarathi_jax.training.evaluate import held_out_bits
+from sarathi_jax.training.evaluate import score
 from sarathi_jax.training.objective import Objective, Params, drop_weights
 from sarathi_jax.training.settings import TrainConfig
 from sarathi_jax.training.state import StateStore
@@ -28,8 +28,6 @@ from sarathi_jax.training.tokens import (
     make_stream,
     train_tokenizer,
 )
-
-_EVAL_LENGTH = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +76,9 @@ def run_steps(config: TrainConfig) -> Run:
             done += 1
             last = done == config.steps
             if last or done % config.eval_every == 0:
-                bits = held_out_bits(token_losses, state["params"], watched, _EVAL_LENGTH, _EVAL_LENGTH)
+                # As long as the phase's sequences: it knows nothing yet of positions beyond them.
+                length = config.phase_at(done - 1)[0].length
+                bits = score(token_losses, state["params"], watched, length, length).bits
                 row["bits_per_byte"] = bits / watched_bytes
                 progress.set_postfix(bits_per_byte=f"{row['bits_per_byte']:.3f}", refresh=False)
             store.log(row)

@@ -57,13 +57,12 @@ class KneserNey:
         grams = [_windows(document, order, bos_id) for document in documents if len(document)]
         if not grams:
             raise ValueError("no documents to count")
-        rows, counts = np.unique(np.concatenate(grams), axis=0, return_counts=True)
+        keys, counts = np.unique(_keys(np.concatenate(grams), vocab_size), return_counts=True)
         orders = []
         for width in range(order, 0, -1):
-            orders.append(_fit_order(_keys(rows, vocab_size), counts, vocab_size))
-            if width > 1:
-                # One distinct longer n-gram = one distinct left neighbour of its suffix.
-                rows, counts = np.unique(rows[:, 1:], axis=0, return_counts=True)
+            orders.append(_fit_order(keys, counts, vocab_size))
+            # One distinct longer n-gram = one distinct left neighbour of its suffix.
+            keys, counts = np.unique(keys % vocab_size ** (width - 1), return_counts=True)
         return cls(vocab_size, bos_id, tuple(reversed(orders)))
 
     def probabilities(self, document: TokenIds) -> np.ndarray:
@@ -104,8 +103,7 @@ def _fit_order(keys: np.ndarray, counts: np.ndarray, vocab_size: int) -> _Order:
     contexts, of = np.unique(keys // vocab_size, return_inverse=True)
     totals = np.bincount(of, weights=counts.astype(np.float64))
     masses = np.bincount(of, weights=discount)
-    sort = np.argsort(keys)
-    return _Order(keys[sort], (counts - discount)[sort], contexts, totals, masses)
+    return _Order(keys, counts - discount, contexts, totals, masses)
 
 
 def _discounts(counts: np.ndarray) -> np.ndarray:

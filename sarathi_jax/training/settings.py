@@ -1,6 +1,7 @@
 """What a training run is: frozen values, so that a run can be told apart from another and resumed only as itself."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 from sarathi_jax.config import ConfigError, ModelConfig, RopeConfig
@@ -24,7 +25,7 @@ class Phase:
 
 # Short sequences are several times cheaper a token; the last phase, while the learning rate falls, makes the
 # context of 2,048 tokens real.
-DEFAULT_PHASES = (Phase(1700, 128, 24), Phase(600, 256, 12), Phase(150, 2048, 2))
+DEFAULT_PHASES = (Phase(1100, 128, 24), Phase(600, 256, 12), Phase(250, 512, 6), Phase(160, 2048, 2))
 
 
 SAMPLE_PROMPTS = (
@@ -48,7 +49,8 @@ class TrainConfig:
     Attributes:
       corpus: what `corpus.read_books` reads.
       out: folder of the finished checkpoint.
-      work_dir: folder of the training state, from which a run resumes; None: ``<out>.training`` beside `out`.
+      work_dir: folder of the training state, from which a run resumes; None:
+        ``~/.cache/sarathi_jax/training/<name of out>``.
       vocab_size: pieces of the tokenizer.
       max_position: context length that the checkpoint declares.
       phases: shapes of the steps, in order.
@@ -79,7 +81,7 @@ class TrainConfig:
     embedding_learning_rate: float = 3e-3
     weight_decay: float = 0.1
     warmup_steps: int = 50
-    decay_share: float = 0.35
+    decay_share: float = 0.4
     drop: float = 0.0
     held_out_fraction: float = 0.05
     eval_every: int = 200
@@ -104,7 +106,10 @@ class TrainConfig:
 
     @property
     def state_dir(self) -> Path:
-        return self.out.with_name(self.out.name + ".training") if self.work_dir is None else self.work_dir
+        if self.work_dir is not None:
+            return self.work_dir
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(cache) / "sarathi_jax" / "training" / self.out.name
 
     def phase_at(self, step: int) -> tuple[Phase, int]:
         """The phase of a step, and the step's number inside it."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from sarathi_jax.training.card import Measured, write_card
 from sarathi_jax.training.curve import draw_curve
-from sarathi_jax.training.evaluate import held_out_bits, nats_by_position
+from sarathi_jax.training.evaluate import score
 from sarathi_jax.training.loop import Run, run_steps
 from sarathi_jax.training.ngram import KneserNey
 from sarathi_jax.training.objective import Objective
@@ -59,18 +59,17 @@ def measure(run: Run) -> Measured:
     objective = Objective(config.model())
     token_losses = jax.jit(objective.token_losses)
     context = config.max_position
-    bits = held_out_bits(token_losses, run.params, held_out, context, context // 2)
+    scored = score(token_losses, run.params, held_out, context, context // 2)
     baselines = {
         order: KneserNey.fit(documents, config.vocab_size, order, BOS_ID).bits(held_out) / held_out_bytes
         for order in _BASELINE_ORDERS
     }
-    positions = nats_by_position(token_losses, run.params, held_out, context)
-    bands = [float(band.mean()) for band in np.array_split(positions, _POSITION_BANDS)]
+    bands = [float(band.mean()) for band in np.array_split(scored.nats_by_position, _POSITION_BANDS)]
     prompts = [[BOS_ID, *run.tokenizer.encode(prompt)] for prompt in config.sample_prompts]
     length = min(context, config.sample_tokens + max(map(len, prompts)))
     texts = draw_samples(config.model(), run.params, prompts, length, SAMPLE_TEMPERATURE, config.seed)
     return Measured(
-        bits_per_byte=bits / held_out_bytes,
+        bits_per_byte=scored.bits / held_out_bytes,
         baselines=baselines,
         nats_by_band=bands,
         train_bytes=sum(len(text.encode()) for text in split.train),

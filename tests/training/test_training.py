@@ -18,7 +18,7 @@ import pytest
 from sarathi_jax.config import ConfigError
 from sarathi_jax.training import curve
 from sarathi_jax.training.batches import batch_at
-from sarathi_jax.training.evaluate import held_out_bits
+from sarathi_jax.training.evaluate import score
 from sarathi_jax.training.loop import run_steps
 from sarathi_jax.training.objective import Objective, causal_attention, drop_weights
 from sarathi_jax.training.samples import draw_samples
@@ -37,6 +37,7 @@ def tiny(folder: Path, **changes) -> TrainConfig:
     fields = {
         "corpus": folder / "texts",
         "out": folder / "tiny",
+        "work_dir": folder / "state",
         "vocab_size": 320,
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -164,12 +165,11 @@ def test_windows_that_overlap_score_every_token_once():
     objective = Objective(tiny(Path("/nowhere")).model())
     params = objective.init(0)
     document = np.random.default_rng(0).integers(3, 320, 150)
-    uniform = held_out_bits(
-        lambda _, tokens: jnp.full(tokens[:, 1:].shape, math.log(2)), params, [document] * 2, 64, 32
-    )
-    assert uniform == pytest.approx(300)
+    uniform = score(lambda _, tokens: jnp.full(tokens[:, 1:].shape, math.log(2)), params, [document] * 2, 64, 32)
+    assert uniform.bits == pytest.approx(300)
+    np.testing.assert_allclose(uniform.nats_by_position, math.log(2), rtol=1e-6)
     losses = jax.jit(objective.token_losses)
-    whole = held_out_bits(losses, params, [document], 150, 150)
+    whole = score(losses, params, [document], 150, 150).bits
     tokens = jnp.asarray(np.concatenate([[BOS_ID], document]))[None]
     assert whole == pytest.approx(float(losses(params, tokens).sum()) / math.log(2), rel=1e-5)
 
