@@ -1,6 +1,7 @@
 """The step loop: schedule, launch, collect, commit. One thread; one step ahead of the device by default."""
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -81,6 +82,13 @@ class Engine:
         """
         if request_id in self._records:
             raise RequestError(f"request_id={request_id!r} is in use: choose another")
+        if not isinstance(params, SamplingParams):
+            raise RequestError(
+                f"sampling parameters of type {type(params).__name__}: give SamplingParams, which "
+                "SamplingParams.from_dict makes from a mapping"
+            )
+        if not isinstance(prompt_token_ids, Iterable) or isinstance(prompt_token_ids, str | bytes | Mapping):
+            raise RequestError(f"a prompt of type {type(prompt_token_ids).__name__}: give a list of token ids")
         request = self._check(request_id, tuple(prompt_token_ids), params, prompt)
         sequences = [Sequence(self._num_sequences + i, request, i) for i in range(params.n)]
         self._num_sequences += params.n
@@ -160,7 +168,8 @@ class Engine:
         if not token_ids:
             raise RequestError("the prompt is empty: give at least one token")
         for token in token_ids:
-            if not isinstance(token, int | np.integer) or not 0 <= token < self._model.vocab_size:
+            is_integer = isinstance(token, int | np.integer) and not isinstance(token, bool)
+            if not is_integer or not 0 <= token < self._model.vocab_size:
                 raise RequestError(
                     f"token id {token!r} is not an integer in [0, {self._model.vocab_size}), the model's vocabulary"
                 )

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -69,8 +69,10 @@ class SamplingParams:
 
     def __post_init__(self):
         # Frozen so that a request cannot change under way; normalised here so that every reader sees tuples.
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else _tuple("stop", self.stop))
+        object.__setattr__(self, "stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids))
+        if not isinstance(self.logit_bias, Mapping | None):
+            raise RequestError(f"logit_bias={self.logit_bias!r} must be a mapping from token ids to numbers, or None")
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
         if self.top_k == -1:  # vLLM's older spelling of "all"
             object.__setattr__(self, "top_k", 0)
@@ -100,6 +102,9 @@ class SamplingParams:
             )
         for token in self.stop_token_ids:
             _check_int("a token id of stop_token_ids", token, 0)
+        for name in ("ignore_eos", "include_stop_str_in_output", "detokenize", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name}={getattr(self, name)!r} must be True or False")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise RequestError(f"stop={self.stop!r} must be a non-empty string or a list of such")
         if self.stop and not self.detokenize:
@@ -214,6 +219,12 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
+
+
+def _tuple(name: str, value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, Iterable | None):
+        raise RequestError(f"{name}={value!r} must be a list or None")
+    return tuple(value or ())
 
 
 def _check_int(name: str, value: Any, low: int, high: int | None = None, optional: bool = False) -> None:
