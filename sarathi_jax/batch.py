@@ -1,7 +1,8 @@
 """`StepPlan` -> `StepBatch`: the padded arrays of a step, packed on the host into one buffer, hence one transfer.
 
-Legend of the shapes, here and everywhere: T step tokens (the bucket), S sequences of a step, P blocks a sequence, N pool
-blocks, K block size, R device rows, L longest sequence, H/G query/KV heads, D head size, E hidden size, V vocabulary.
+Legend of the shapes, here and everywhere: T step tokens (the bucket), S sequences of a step, P blocks a sequence,
+N pool blocks, K block size, R device rows, L longest sequence, H/G query/KV heads, D head size, E hidden size,
+V vocabulary.
 """
 
 import dataclasses
@@ -21,8 +22,10 @@ ON_DEVICE = -1
 
 
 @dataclasses.dataclass(frozen=True)
-class StepBatch:
+class StepBatch[A: (jax.Array, np.ndarray)]:
     """What the device sees of a step; decodes come first. Padding is such that it writes nowhere and samples nothing.
+
+    In numpy while it is packed, traced inside the program.
 
     Attributes:
       tokens: i32[T]; `ON_DEVICE` where only the device knows.
@@ -38,18 +41,18 @@ class StepBatch:
       num_decodes, num_chunks: i32[1].
     """
 
-    tokens: jax.Array
-    positions: jax.Array
-    token_rows: jax.Array
-    write_indices: jax.Array
-    targets: jax.Array
-    chunk_starts: jax.Array
-    kv_lens: jax.Array
-    rows: jax.Array
-    samples: jax.Array
-    block_tables: jax.Array
-    num_decodes: jax.Array
-    num_chunks: jax.Array
+    tokens: A
+    positions: A
+    token_rows: A
+    write_indices: A
+    targets: A
+    chunk_starts: A
+    kv_lens: A
+    rows: A
+    samples: A
+    block_tables: A
+    num_decodes: A
+    num_chunks: A
 
 
 class BatchLayout:
@@ -88,7 +91,7 @@ class BatchLayout:
             for (name, shape), end in zip(self._shapes.items(), ends, strict=True)
         }
 
-    def unpack(self, buffer: jax.Array) -> StepBatch:
+    def unpack[A: (jax.Array, np.ndarray)](self, buffer: A) -> StepBatch[A]:
         """Views of the buffer i32[size]; inside or outside of a trace."""
         return StepBatch(**{name: buffer[self._slices[name]].reshape(shape) for name, shape in self._shapes.items()})
 
@@ -106,7 +109,7 @@ class BatchLayout:
           i32[size], never written again: the device may alias it.
         """
         buffer = np.zeros(self.size, np.int32)
-        batch = StepBatch(**{name: buffer[where].reshape(self._shapes[name]) for name, where in self._slices.items()})
+        batch = self.unpack(buffer)
         block_size = self._cache.block_size
         tokens, positions, rows, writes, kv_lens, samples = [], [], [], [], [], []
         for i, chunk in enumerate(plan.chunks):
@@ -146,7 +149,7 @@ class BatchLayout:
         buffer.setflags(write=False)
         return buffer
 
-    def _set_targets(self, batch: StepBatch, plan: StepPlan, sequences: Mapping[int, Sequence]) -> None:
+    def _set_targets(self, batch: StepBatch[np.ndarray], plan: StepPlan, sequences: Mapping[int, Sequence]) -> None:
         """Asks for the log-probability of every prompt token that follows a token of the step, where wanted."""
         batch.targets[:] = -1
         first = 0

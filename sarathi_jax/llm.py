@@ -1,8 +1,10 @@
 """The library's face: `LLM` loads a model and generates text, chats, streams and scores."""
 
+import collections
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import numbers
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +22,7 @@ from sarathi_jax.runner import Runner, StartUp
 from sarathi_jax.sampling import SamplingTable
 from sarathi_jax.scheduling.sarathi import SarathiScheduler
 from sarathi_jax.sizing import plan_cache
-from sarathi_jax.tokenizer import Tokenizer, load_tokenizer
+from sarathi_jax.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from sarathi_jax.weights.checkpoint import load_parameters, random_parameters, stored_dtype
 from sarathi_jax.weights.directory import load_model_config, load_model_yaml
 
@@ -90,6 +92,8 @@ class LLM:
             self.model_config, self.engine_config, self.cache_config, self._runner, self.tokenizer
         )
         self._ids = itertools.count()
+        # Outputs by the request's id, until whoever asked for them takes them: any step may report any request.
+        self._inboxes: dict[str, collections.deque[RequestOutput]] = {}
 
     def __repr__(self) -> str:
         state = "closed" if self._engine is None else f"{self.start_up.num_programs} programs"
@@ -147,19 +151,21 @@ class LLM:
         Raises:
           RequestError: a prompt or parameter that cannot be served; nothing is generated then.
         """
-        batch = [prompts] if isinstance(prompts, str) or _is_token_ids(prompts) else list(prompts)
-        params = sampling_params or SamplingParams()
-        each = [params] * len(batch) if isinstance(params, SamplingParams) else list(params)
+        batch = _batch(prompts)
+        params = SamplingParams() if sampling_params is None else sampling_params
+        each: list[Any] = list(params) if isinstance(params, list | tuple) else [params] * len(batch)
         if len(each) != len(batch):
             raise RequestError(f"{len(batch)} prompts but {len(each)} sampling_params: give one, or one a prompt")
         ids: list[str] = []
         try:
             for prompt, its in zip(batch, each, strict=True):
                 ids.append(self.submit(prompt, its))
-        except RequestError as error:
+        except BaseException as error:
             for request_id in ids:
                 self.engine.abort(request_id)
-            raise RequestError(f"prompt {len(ids)}: {error}" if len(batch) > 1 else str(error)) from None
+            if isinstance(error, RequestError) and len(batch) > 1:
+                raise RequestError(f"prompt {len(ids)}: {error}") from None
+            raise
         outputs = self._finish(ids, use_tqdm and len(ids) > 1)
         return [outputs[request_id] for request_id in ids]
 
@@ -174,32 +180,37 @@ class LLM:
 
         Args:
           messages: ``[{"role": "user", "content": "..."}, ...]``, or a list of such.
-          sampling_params, use_tqdm: as in `generate`.
+          sampling_params: as in `generate`.
+          use_tqdm: as in `generate`.
 
         Raises:
           RequestError: the model has no tokenizer or no chat template.
         """
         several = bool(messages) and not isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = messages if several else [messages]
-        prompts = [self._chat_tokens(conversation) for conversation in conversations]
+        prompts = [self.chat_tokens(conversation) for conversation in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Yields the output so far after every token. Leaving the loop early aborts the request.
 
+        Several streams may be read in turn, and `generate` may be called between: nobody misses a token.
+
         Raises:
           RequestError: as `generate`.
         """
-        request_id = self.submit(prompt, sampling_params or SamplingParams())
+        request_id = self.submit(prompt, SamplingParams() if sampling_params is None else sampling_params)
+        inbox = self._inboxes[request_id] = collections.deque()
         try:
-            while self.engine.has_work:
-                for output in self.engine.step():
-                    if output.request_id == request_id:
-                        yield output
-                        if output.finished:
-                            return
+            while inbox or self.engine.has_work:
+                while inbox:
+                    output = inbox.popleft()
+                    yield output
+                    if output.finished:
+                        return
+                self._step()
         finally:
-            self.engine.abort(request_id)
+            self._forget([request_id])
 
     def score(self, texts: Prompt | Sequence[Prompt], *, use_tqdm: bool = True) -> list[Score]:
         """Log-likelihood of each text.
@@ -231,32 +242,58 @@ class LLM:
             raise RequestError(f"{self._path} has no tokenizer: give the prompt as token ids")
         if not prompt:
             raise RequestError("the prompt is empty: give at least one character")
-        self.engine.add_request(request_id, self.tokenizer.encode(prompt), sampling_params, prompt)
+        try:
+            token_ids = self.tokenizer.encode(prompt)
+        except TokenizerError as error:
+            raise RequestError(str(error)) from None
+        self.engine.add_request(request_id, token_ids, sampling_params, prompt)
         return request_id
+
+    def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
+        """A conversation as the prompt of its next message, by the model's chat template.
+
+        Raises:
+          RequestError: the model has no tokenizer or no chat template, or the template refuses the messages.
+        """
+        if self.tokenizer is None:
+            raise RequestError(f"{self._path} has no tokenizer, so no chat template: give token ids")
+        try:
+            text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
+            return self.tokenizer.encode(text, add_special_tokens=False)
+        except TokenizerError as error:
+            raise RequestError(str(error)) from None
 
     def _finish(self, ids: Sequence[str], use_tqdm: bool) -> dict[str, RequestOutput]:
         """Steps until the requests have finished; if interrupted, aborts what is left of them."""
-        wanted, outputs, num_tokens = set(ids), {}, 0
+        outputs, num_tokens, inbox = {}, 0, collections.deque()
+        self._inboxes |= dict.fromkeys(ids, inbox)
         with tqdm(total=len(ids), desc="generate", unit="request", disable=not use_tqdm) as bar:
             try:
-                while len(outputs) < len(wanted):
-                    for output in self.engine.step():
-                        if output.finished and output.request_id in wanted:
+                while len(outputs) < len(ids):
+                    self._step()
+                    while inbox:
+                        output = inbox.popleft()
+                        if output.finished:
                             outputs[output.request_id] = output
                             num_tokens += sum(len(sample.token_ids) for sample in output.outputs)
                             bar.set_postfix(tokens=num_tokens, refresh=False)
                             bar.update()
             finally:
-                if self._engine is not None:
-                    for request_id in wanted - outputs.keys():
-                        self._engine.abort(request_id)
+                self._forget(ids)
         return outputs
 
-    def _chat_tokens(self, messages: Sequence[Message]) -> list[int]:
-        if self.tokenizer is None:
-            raise RequestError(f"{self._path} has no tokenizer, so no chat template: use generate with token ids")
-        text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
-        return self.tokenizer.encode(text, add_special_tokens=False)
+    def _step(self) -> None:
+        """Runs a step and hands out what it reports."""
+        for output in self.engine.step():
+            if output.request_id in self._inboxes:
+                self._inboxes[output.request_id].append(output)
+
+    def _forget(self, ids: Sequence[str]) -> None:
+        """Aborts what is left of the requests; nobody waits for them any more."""
+        for request_id in ids:
+            del self._inboxes[request_id]
+            if self._engine is not None:
+                self._engine.abort(request_id)
 
     def _open_runner(self) -> Runner:
         if self._runner is None:
@@ -282,5 +319,9 @@ def build_engine(
     return Engine(model, engine, cache, scheduler, executor, sequences, tokenizer)
 
 
-def _is_token_ids(prompts: Any) -> bool:
-    return not isinstance(prompts, str) and len(prompts) > 0 and not isinstance(prompts[0], str | Sequence)
+def _batch(prompts: Any) -> list[Any]:
+    """The prompts as a list; what is no prompt stays in it for `LLM.submit` to refuse."""
+    if not isinstance(prompts, Iterable) or isinstance(prompts, str | bytes | Mapping):
+        return [prompts]
+    batch = list(prompts)
+    return [batch] if batch and isinstance(batch[0], numbers.Number) else batch

@@ -63,11 +63,10 @@ class SampleRecord:
     """What is known of one sample: tokens, text, log-probabilities, times, and how it ended."""
 
     def __init__(self, index: int, request: Request, tokenizer: Tokenizer | None):
-        wants_text = tokenizer is not None and request.params.detokenize
-        # The text goes on from the prompt, so a space before its first word is part of it.
-        decoder = (
-            IncrementalDecoder(tokenizer, request.params.skip_special_tokens, at_start=False) if wants_text else None
-        )
+        decoder = None
+        if tokenizer is not None and request.params.detokenize:
+            # The text goes on from the prompt, so a space before its first word is part of it.
+            decoder = IncrementalDecoder(tokenizer, request.params.skip_special_tokens, at_start=False)
         self.index = index
         self.request = request
         self.text = SampleText(request, decoder)

@@ -53,6 +53,12 @@ class StartUp:
     temp_bytes: int
 
 
+def scratch_bytes(program: jax.stages.Compiled) -> int:
+    """Memory that a program needs while it runs, beside arguments and results; 0 where XLA does not tell."""
+    memory = program.memory_analysis()
+    return 0 if memory is None else memory.temp_size_in_bytes
+
+
 class StepProgram:
     """What one step computes, as a pure function of parameters, cache, history, batch and sampling parameters.
 
@@ -98,7 +104,7 @@ class StepProgram:
         params: tuple[jax.Array, ...],
         cache: KVCache,
         history: jax.Array,
-        batch: StepBatch,
+        batch: StepBatch[jax.Array],
         sampling: SamplingParamsArrays,
     ) -> tuple[KVCache, jax.Array, StepOutput]:
         """The program: tokens in, cache and history on, drawn tokens out."""
@@ -115,7 +121,7 @@ class StepProgram:
         wants_prompt = jnp.any(batch.targets >= 0)
         return cache, history, StepOutput(drawn, prompt_logprobs(hidden, model.logits, batch.targets, wants_prompt))
 
-    def _attend(self, batch: StepBatch) -> Attend:
+    def _attend(self, batch: StepBatch[jax.Array]) -> Attend:
         def attend(layer, q, k, v, layer_cache):
             return ragged_paged_attention(
                 q,
@@ -169,7 +175,7 @@ class Runner:
         self.start_up = StartUp(
             num_programs=len(self.programs),
             compile_s=time.perf_counter() - start_s,
-            temp_bytes=max(program.memory_analysis().temp_size_in_bytes for program in self.programs.values()),
+            temp_bytes=max(map(scratch_bytes, self.programs.values())),
         )
         self._cache = allocate_cache(model, cache, jnp.dtype(engine.dtype))
         self._history = jnp.zeros(program.history_shape, jnp.int32)

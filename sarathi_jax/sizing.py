@@ -6,7 +6,7 @@ import jax
 
 from sarathi_jax.config import CacheConfig, ConfigError, EngineConfig, ModelConfig
 from sarathi_jax.kv.cache import block_bytes
-from sarathi_jax.runner import StepProgram
+from sarathi_jax.runner import StepProgram, scratch_bytes
 
 
 def plan_cache(model: ModelConfig, engine: EngineConfig) -> CacheConfig:
@@ -39,7 +39,7 @@ def plan_cache(model: ModelConfig, engine: EngineConfig) -> CacheConfig:
         return cache
     # Scratch memory does not depend on the size of the cache, which is donated.
     program = StepProgram(model, engine, cache).compile(engine.buckets[-1])
-    left = free - program.memory_analysis().temp_size_in_bytes
+    left = free - scratch_bytes(program)
     fits = int(left * engine.memory_fraction) // bytes_each
     if fits < 2:
         raise ConfigError(

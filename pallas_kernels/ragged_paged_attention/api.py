@@ -37,7 +37,8 @@ def ragged_paged_attention(
 
     Args:
       q: [T, H, D]; rows from ``chunk_starts[num_chunks]`` on are padding, and so is their result (zero).
-      k_new, v_new: [T, G, D], G divides H.
+      k_new: [T, G, D], keys; G divides H.
+      v_new: [T, G, D], values.
       kv_cache: keys and values, [N, G, K, D] each; donate them and the write happens in place.
       write_indices: i32[T], block * K + offset for each token; N * K or more: not written.
       chunk_starts: i32[S + 1], ascending; chunk s is rows ``chunk_starts[s]:chunk_starts[s + 1]``.

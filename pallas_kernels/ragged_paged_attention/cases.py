@@ -79,8 +79,8 @@ def build(case: Case, seed: int = 0, poison: float = np.nan) -> Batch:
         chunk_starts=starts,
         kv_lens=np.asarray(kv_lens + [0] * case.spare_sequences, np.int32),
         block_tables=tables,
-        num_decodes=np.int32(case.num_decodes),
-        num_chunks=np.int32(len(case.chunks)),
+        num_decodes=np.asarray(case.num_decodes, np.int32),
+        num_chunks=np.asarray(len(case.chunks), np.int32),
     )
 
 

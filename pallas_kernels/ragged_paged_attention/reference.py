@@ -1,4 +1,4 @@
-"""The specification: plain float32 numpy, one sequence at a time, no blocking. It runs on the host, never in a trace."""
+"""The specification: plain float32 numpy, one sequence at a time, no blocking. Runs on the host, never in a trace."""
 
 import numpy as np
 

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from absl import app, flags
 
@@ -24,7 +24,7 @@ from sarathi_jax.weights.mapping import num_parameters
 _MODEL = flags.DEFINE_string("model", None, "model folder or YAML; without it the model that ships")
 _CASES = flags.DEFINE_string("cases", None, "JSON file of cases", required=True)
 _REPEATS = flags.DEFINE_integer("repeats", 3, "runs of each case; the median counts", lower_bound=1)
-_DTYPE = flags.DEFINE_string("dtype", "bfloat16", "float32, bfloat16 or auto")
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ("float32", "bfloat16", "auto"), "of weights and cache")
 _MAX_MODEL_LEN = flags.DEFINE_integer("max_model_len", 2048, "longest prompt + output")
 _MAX_NUM_SEQS = flags.DEFINE_integer("max_num_seqs", 32, "sequences at once")
 _TOKEN_BUDGET = flags.DEFINE_integer("token_budget", 512, "tokens of the largest step")
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> None:
     start_s = time.perf_counter()
     with LLM(
         _MODEL.value,
-        dtype=_DTYPE.value,
+        dtype=cast(Any, _DTYPE.value),
         max_model_len=_MAX_MODEL_LEN.value,
         max_num_seqs=_MAX_NUM_SEQS.value,
         token_budget=_TOKEN_BUDGET.value,

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from sarathi_jax.config import CacheConfig, ModelConfig
+from sarathi_jax.config import CacheConfig, Dtype, ModelConfig
 
 KVCache = list[tuple[jax.Array, jax.Array]]
 
@@ -19,6 +19,6 @@ def allocate_cache(model: ModelConfig, cache: CacheConfig, dtype: jnp.dtype) -> 
     return [(jnp.zeros(k.shape, dtype), jnp.zeros(v.shape, dtype)) for k, v in cache_shapes(model, cache, dtype)]
 
 
-def block_bytes(model: ModelConfig, block_size: int, dtype: jnp.dtype) -> int:
+def block_bytes(model: ModelConfig, block_size: int, dtype: Dtype) -> int:
     """Bytes of one block over all layers."""
     return 2 * model.num_layers * model.num_kv_heads * block_size * model.head_dim * jnp.dtype(dtype).itemsize
