@@ -73,9 +73,22 @@ class Engine:
         return bool(self._records) or self._in_flight is not None
 
     def add_request(
-        self, request_id: str, prompt_token_ids: Seq[int], params: SamplingParams, prompt: str | None = None
+        self,
+        request_id: str,
+        prompt_token_ids: Seq[int],
+        params: SamplingParams,
+        *,
+        prompt: str | None = None,
+        streams: bool = False,
     ) -> None:
         """Accepts a request; `step` will report it.
+
+        Args:
+          request_id: unique among live requests.
+          prompt_token_ids: at least one token of the vocabulary.
+          params: how to draw.
+          prompt: the text, to be given back.
+          streams: report every token, not only the end.
 
         Raises:
           RequestError: it can never be served; the message names what to change.
@@ -89,7 +102,7 @@ class Engine:
             )
         if not isinstance(prompt_token_ids, Iterable) or isinstance(prompt_token_ids, str | bytes | Mapping):
             raise RequestError(f"a prompt of type {type(prompt_token_ids).__name__}: give a list of token ids")
-        request = self._check(request_id, tuple(prompt_token_ids), params, prompt)
+        request = self._check(request_id, tuple(prompt_token_ids), params, prompt, streams)
         sequences = [Sequence(self._num_sequences + i, request, i) for i in range(params.n)]
         self._num_sequences += params.n
         self._records[request_id] = RequestRecord(request, self._tokenizer)
@@ -110,7 +123,7 @@ class Engine:
         """Runs one step; with overlap, reports the step before it.
 
         Returns:
-          Every request that got a token, finished ones for the last time.
+          The requests that finished, and those that stream and got a token.
         """
         plan = self._scheduler.schedule()
         launched = None if plan is None else self._launch(plan)
@@ -144,7 +157,7 @@ class Engine:
                     if reason is not None:
                         self._end(seq, reason)
             first += chunk.length
-        return [self._report(record) for record in touched.values()]
+        return [self._report(record) for record in touched.values() if record.finished or record.request.streams]
 
     def _end(self, seq: Sequence, reason: Any) -> None:
         self._scheduler.remove(seq)
@@ -162,7 +175,7 @@ class Engine:
         return self._records[seq.request.request_id]
 
     def _check(
-        self, request_id: str, token_ids: tuple[int, ...], params: SamplingParams, prompt: str | None
+        self, request_id: str, token_ids: tuple[int, ...], params: SamplingParams, prompt: str | None, streams: bool
     ) -> Request:
         """Resolves everything that a request leaves open, or refuses it."""
         if not token_ids:
@@ -196,4 +209,5 @@ class Engine:
             | (frozenset() if params.ignore_eos else frozenset(self._model.eos_token_ids)),
             arrival_s=self._clock.now_s(),
             prompt=prompt,
+            streams=streams,
         )

@@ -199,7 +199,8 @@ class LLM:
         Raises:
           RequestError: as `generate`.
         """
-        request_id = self.submit(prompt, SamplingParams() if sampling_params is None else sampling_params)
+        params = SamplingParams() if sampling_params is None else sampling_params
+        request_id = self.submit(prompt, params, streams=True)
         inbox = self._inboxes[request_id] = collections.deque()
         try:
             while inbox or self.engine.has_work:
@@ -228,15 +229,28 @@ class LLM:
             scores.append(Score(ids, logprobs))
         return scores
 
-    def submit(self, prompt: Prompt, sampling_params: SamplingParams, request_id: str | None = None) -> str:
+    def submit(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        streams: bool = False,
+    ) -> str:
         """Queues one request without waiting; `engine.step` works on it. Returns its id.
+
+        Args:
+          prompt: text or token ids.
+          sampling_params: how to draw.
+          request_id: unique among live requests; None: made up.
+          streams: `engine.step` reports every token, not only the end.
 
         Raises:
           RequestError: as `generate`.
         """
         request_id = f"request-{next(self._ids)}" if request_id is None else request_id
         if not isinstance(prompt, str):
-            self.engine.add_request(request_id, prompt, sampling_params)
+            self.engine.add_request(request_id, prompt, sampling_params, streams=streams)
             return request_id
         if self.tokenizer is None:
             raise RequestError(f"{self._path} has no tokenizer: give the prompt as token ids")
@@ -246,7 +260,7 @@ class LLM:
             token_ids = self.tokenizer.encode(prompt)
         except TokenizerError as error:
             raise RequestError(str(error)) from None
-        self.engine.add_request(request_id, token_ids, sampling_params, prompt)
+        self.engine.add_request(request_id, token_ids, sampling_params, prompt=prompt, streams=streams)
         return request_id
 
     def chat_tokens(self, messages: Sequence[Message]) -> list[int]:

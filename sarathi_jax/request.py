@@ -143,6 +143,7 @@ class Request:
       stop_token_ids: the request's, and the model's end-of-text tokens unless ignored.
       arrival_s: when it came, on the engine's clock.
       prompt: the text, where there was one.
+      streams: every token is reported, not only the end.
     """
 
     request_id: str
@@ -153,6 +154,7 @@ class Request:
     stop_token_ids: frozenset[int]
     arrival_s: float
     prompt: str | None = None
+    streams: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
