@@ -8,10 +8,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sampling_support import Case, draw, draw_at_many_positions, reference_probabilities, reference_scores
 
 from sarathi_jax.request import SamplingParams
 from sarathi_jax.sampling.filters import kth_largest
+from tests.sampling.sampling_support import (
+    Case,
+    draw,
+    draw_at_many_positions,
+    reference_probabilities,
+    reference_scores,
+)
 
 V = 300
 NUM_POSITIONS = 1024

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sampling_support import Case, draw
 
 from sarathi_jax.request import MAX_LOGPROBS, SamplingParams
 from sarathi_jax.sampling import prompt_logprobs
+from tests.sampling.sampling_support import Case, draw
 
 V = 300
 

@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from sampling_support import Case
 
 from sarathi_jax.request import MAX_LOGIT_BIAS, RequestError, SamplingParams
 from sarathi_jax.sampling import SamplingTable, check_vocabulary
+from tests.sampling.sampling_support import Case
 
 FULL = SamplingParams(
     temperature=0.7,

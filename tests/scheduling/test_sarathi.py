@@ -1,11 +1,11 @@
 """Schedules small enough to read, drawn as timelines, and what the scheduler refuses."""
 
 import pytest
-from drive import Arrival, Case, Drive, make_sequence
 
 from sarathi_jax.kv.blocks import BlockError, BlockPool
 from sarathi_jax.scheduling.plan import FillToEdge
 from sarathi_jax.scheduling.sarathi import SarathiScheduler
+from tests.scheduling.drive import Arrival, Case, Drive, make_sequence
 
 
 def timeline(case: Case) -> str:

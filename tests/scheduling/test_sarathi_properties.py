@@ -3,11 +3,11 @@
 import collections
 
 import pytest
-from drive import Arrival, Case, Drive, expected_tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sarathi_jax.scheduling.plan import FillToEdge
+from tests.scheduling.drive import Arrival, Case, Drive, expected_tokens
 
 # Few cases in `make check`, over a thousand in the whole suite.
 MANY = pytest.mark.parametrize("num_cases", [35, pytest.param(400, marks=pytest.mark.slow)])

@@ -8,7 +8,6 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import BFLOAT16, FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -19,6 +18,7 @@ from sarathi_jax.weights.checkpoint import load_parameters, random_parameters, s
 from sarathi_jax.weights.directory import load_model_config
 from sarathi_jax.weights.mapping import parameter_shapes
 from sarathi_jax.weights.safetensors import WeightsError, pieces
+from tests.weights.conftest import BFLOAT16, FAMILIES
 
 
 def load(directory, dtype="float32"):
