@@ -28,6 +28,10 @@ test: $(VENV)/.ready  ## everything that needs no torch and no GPU
 test-oracle: $(VENV)/.ready .venv-oracle/.ready  ## compares live with Hugging Face transformers on CPU torch
 	SARATHI_ORACLE_PYTHON=$(CURDIR)/.venv-oracle/bin/python $(VENV)/bin/python -m pytest tests/oracle $(ARGS)
 
+.PHONY: golden
+golden: $(VENV)/.ready .venv-oracle/.ready  ## makes the golden values of tests/golden anew
+	SARATHI_ORACLE_PYTHON=$(CURDIR)/.venv-oracle/bin/python $(VENV)/bin/python -m tests.oracle.make_golden
+
 .PHONY: test-jax
 test-jax:  ## the tests on another JAX: make test-jax JAX=0.11.2
 	@[ -n "$(JAX)" ] || { echo "which JAX? for example: make test-jax JAX=0.11.2" >&2; exit 2; }
