@@ -28,8 +28,8 @@ def falcon(tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 @pytest.fixture(scope="session")
 def half(tmp_path_factory: pytest.TempPathFactory) -> Served:
-    """The decoder in bfloat16."""
-    return build("llama3.1", tmp_path_factory.mktemp("half"), dtype="bfloat16")
+    """The one with windows, in bfloat16."""
+    return build("mistral", tmp_path_factory.mktemp("half"), dtype="bfloat16")
 
 
 @pytest.fixture
