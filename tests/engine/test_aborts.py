@@ -59,6 +59,7 @@ def test_abort_at_every_moment(decoder: Served, parity: Parity, overlap: bool):
     assert doing == {"waiting", "prefill", "in flight" if overlap else "decode", "finished"}
 
 
+@pytest.mark.slow
 def test_abort_while_preempted(decoder: Served, parity: Parity):
     doing = [run(decoder, PRESSED[:2], PRESSED[2], moment, True, 13, parity) for moment in range(0, 50, 3)]
     assert "waiting" in doing[doing.index("in flight") :], "the victim was never preempted"

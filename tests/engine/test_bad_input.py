@@ -195,6 +195,7 @@ def test_numpy_prompts(decoder: Served):
     assert all(type(token) is int for token in one.prompt_token_ids)
 
 
+@pytest.mark.slow
 def test_text_without_a_tokenizer(falcon: Served):
     llm, bench = falcon.face()
     with pytest.raises(RequestError, match="has no tokenizer: give the prompt as token ids"):

@@ -73,6 +73,7 @@ def test_random_mix_compiles_nothing(decoder: Served, overlap: bool):
     assert {plan.bucket for plan in bench.plans} == set(decoder.config.buckets)
 
 
+@pytest.mark.slow
 def test_first_request_of_a_fresh_model_compiles_nothing(falcon: Served):
     """Nothing else may warm anything up first, such as a conversion on the host."""
     llm, _ = falcon.face()
@@ -104,7 +105,10 @@ def test_start_up_is_told(decoder: Served):
     assert f"{start_up.num_programs} programs" in repr(decoder.llm)
 
 
-@pytest.mark.parametrize("served", ["decoder", "windowed", "falcon"])
+@pytest.mark.parametrize(
+    "served",
+    ["decoder", pytest.param("windowed", marks=pytest.mark.slow), pytest.param("falcon", marks=pytest.mark.slow)],
+)
 def test_step_updates_the_cache_in_place(served: str, request: pytest.FixtureRequest):
     """The compiler promises to alias cache and history, and keeps no second cache among its temporaries."""
     model: Served = request.getfixturevalue(served)

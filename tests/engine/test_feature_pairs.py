@@ -110,6 +110,7 @@ def stop_string(text: str) -> str:
     return next(pair for pair in pairs if pair.isascii() and pair.isprintable())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "second"), list(itertools.combinations(FEATURES, 2)))
 def test_pair(first: str, second: str, request: pytest.FixtureRequest, parity: Parity):
     features = {first, second}
@@ -147,7 +148,8 @@ def test_pair(first: str, second: str, request: pytest.FixtureRequest, parity: P
         assert all(output.outputs[0].token_ids != output.outputs[1].token_ids for output in outputs)
 
 
-def test_a_few_features_at_a_time_and_all_together(windowed: Served, parity: Parity):
+@pytest.mark.slow
+def test_all_together(windowed: Served, parity: Parity):
     everything = set(FEATURES)
     wanted = [request_of(everything, seed) for seed in range(len(PROMPTS))]
     references = windowed.alone([(prompt, longest(params)) for prompt, params in zip(PROMPTS, wanted, strict=True)])

@@ -148,7 +148,10 @@ def test_interrupt_leaves_the_engine_clean(decoder: Served, parity: Parity, monk
     bench.check_idle()
 
 
-@pytest.mark.parametrize("served", ["decoder", "windowed", "falcon"])
+@pytest.mark.parametrize(
+    "served",
+    ["decoder", pytest.param("windowed", marks=pytest.mark.slow), pytest.param("falcon", marks=pytest.mark.slow)],
+)
 def test_score_is_what_generation_reports(served: str, request: pytest.FixtureRequest):
     """Scores of a text that the model wrote: the log-probabilities that it reported while writing."""
     model: Served = request.getfixturevalue(served)

@@ -7,7 +7,7 @@ import pytest
 from sarathi_jax.request import SamplingParams
 from tests.engine.serving import TOP, Ask, Parity, Served, at_most, build, drawn, greedy, prompt_of, random_limit
 
-MODELS = ["decoder", "windowed", "falcon"]
+MODELS = ["decoder", pytest.param("windowed", marks=pytest.mark.slow), pytest.param("falcon", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(params=MODELS)
