@@ -165,11 +165,11 @@ def test_which_prompt_is_bad(watched: tuple[LLM, Bench]):
 
 def test_request_id_in_use(watched: tuple[LLM, Bench]):
     llm, bench = watched
-    llm.submit([5, 6], greedy(), "mine")
+    llm.submit([5, 6], greedy(), request_id="mine")
     with pytest.raises(RequestError, match="'mine' is in use"):
-        llm.submit([7], greedy(), "mine")
+        llm.submit([7], greedy(), request_id="mine")
     assert bench.drain().keys() == {"mine"}
-    llm.submit([7], greedy(), "mine")
+    llm.submit([7], greedy(), request_id="mine")
     bench.drain()
 
 
