@@ -84,7 +84,7 @@ overlap by half.
 | **this model** | **{measured.bits_per_byte:.4f}** | |
 {baselines}
 
-Mean loss by position in the context, nats a token (text of the same windows, so the context pays where this falls):
+Mean loss by position in the context, nats a token, over the windows that the text fills:
 
 | positions | loss |
 |---|---|

@@ -25,7 +25,7 @@ class Phase:
 
 # Short sequences are several times cheaper a token; the last phase, while the learning rate falls, makes the
 # context of 2,048 tokens real.
-DEFAULT_PHASES = (Phase(1100, 128, 24), Phase(600, 256, 12), Phase(250, 512, 6), Phase(160, 2048, 2))
+DEFAULT_PHASES = (Phase(1400, 128, 24), Phase(1000, 256, 12), Phase(300, 512, 6), Phase(160, 2048, 2))
 
 
 SAMPLE_PROMPTS = (
