@@ -8,7 +8,7 @@ SHELL := /bin/bash
 
 PYTHON ?=
 ARGS ?=
-PROMPT ?= In the beginning
+PROMPT ?= It was a fine morning, and
 VENV := $(if $(PYTHON),.venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'),.venv)
 PYTEST := -m pytest -n 2 --dist worksteal
 
@@ -18,7 +18,7 @@ help:  ## lists the commands
 
 .PHONY: run
 run: $(VENV)/.ready  ## generates text from the shipped checkpoint
-	$(VENV)/bin/python main.py generate --prompt "$(PROMPT)" --max_tokens 128 --temperature 0.8 --seed 7
+	$(VENV)/bin/python main.py generate --prompt "$(PROMPT)" --max_tokens 250 --temperature 0.7 --top_p 0.9 --seed 7
 
 .PHONY: test
 test: $(VENV)/.ready  ## everything that needs no torch and no GPU
