@@ -80,7 +80,7 @@ Verbs:
 {verbs}
 
 Examples:
-  {program} generate --prompt "In the beginning"
+  {program} generate --prompt "The old house"
   {program} generate --input prompts.jsonl --output texts.jsonl
   {program} models
 

@@ -1,18 +1,18 @@
 """Writes what comes after a prompt, or answers a file of prompts.
 
 One prompt, from a flag, a file or a pipe; the text streams to stdout as it is made:
-  PROGRAM generate --prompt "In the beginning"
+  PROGRAM generate --prompt "The old house"
   PROGRAM generate --prompt_file story.txt --max_tokens 400 --temperature 0.7 --top_p 0.95
-  echo "And it came to pass" | PROGRAM generate --seed 1 --n 3
+  echo "She opened the letter" | PROGRAM generate --seed 1 --n 3
 
 Several prompts, served together; one JSON object each with token ids, finish reason and times:
-  PROGRAM generate --prompt "In the beginning" --prompt "And it came to pass" --json
+  PROGRAM generate --prompt "The old house" --prompt "She opened the letter" --json
 
 A model of your own: a Hugging Face folder (config.json, *.safetensors, tokenizer) or an Orbax one:
   PROGRAM generate --model ~/models/qwen3-0.6b --dtype bfloat16 --prompt "The capital of France is"
 
 A batch job. Each input line is a JSON object such as
-  {"id": "a", "prompt": "In the beginning", "sampling_params": {"max_tokens": 20}}
+  {"id": "a", "prompt": "The old house", "sampling_params": {"max_tokens": 20}}
 with `prompt`, `prompt_token_ids` or `messages` (a chat); `id` and `sampling_params` may be left out. Each line is
 answered by one output line as soon as it is finished; a line that cannot be served gets one with "error".
 After a crash or a kill, run the same command again: it does what is missing, nothing twice.
@@ -136,7 +136,7 @@ def _prompts(values: flags.FlagValues) -> list[Prompt]:
             raise UsageError("--prompt_token_ids must be a list like 5,17,23") from None
     if not prompts:
         if sys.stdin is None or sys.stdin.isatty():
-            raise UsageError('no prompt: say --prompt "In the beginning", --prompt_file FILE, or pipe one in')
+            raise UsageError('no prompt: say --prompt "The old house", --prompt_file FILE, or pipe one in')
         prompts.append(_without_newline(sys.stdin.read()))
     return prompts
 
