@@ -11,6 +11,8 @@ import pytest
 from pallas_kernels.ragged_paged_attention import BACKENDS, ragged_paged_attention, reference
 from pallas_kernels.ragged_paged_attention.cases import CASES, Batch, Case, build
 
+# Compiling a case costs a second or two: these show most of what can break.
+QUICK = ("mixed_3d_2p", "window", "mqa", "only_padding")
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
 
 
@@ -32,7 +34,9 @@ def check(case: Case, batch: Batch, backend: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_matches_reference(backend, name, dtype):
     check(CASES[name], build(CASES[name]), backend, dtype)
