@@ -95,6 +95,9 @@ class SampleRecord:
 
     def end(self, reason: FinishReason, stop_reason: str | int | None = None) -> FinishReason:
         self.text.finish()
+        if reason == "length" and self.text.stopped_by is not None:
+            # What the decoder still held back completed a stop string.
+            reason, stop_reason = "stop", self.text.stopped_by
         self.finish_reason, self.stop_reason = reason, stop_reason
         return reason
 
