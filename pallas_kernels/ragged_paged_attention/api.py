@@ -1,14 +1,49 @@
 """The public call: checks shapes, picks the backend by name."""
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.ragged_paged_attention import xla
 
-BACKENDS: dict[str, Callable[..., tuple[Array, tuple[Array, Array]]]] = {
-    "xla": xla.ragged_paged_attention,
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """One implementation and what it serves; None: anything.
+
+    Attributes:
+      run: the implementation. Pallas kernels take the keyword `interpret`, the XLA backend has no use for it.
+      platform: where it runs (``jax.default_backend()`` there is ``gpu`` for ``cuda``); anywhere by interpretation.
+      head_dims: sizes of a head.
+      block_sizes: tokens of a cache block.
+      dtypes: of the cache.
+    """
+
+    run: Callable[..., tuple[Array, tuple[Array, Array]]]
+    platform: str | None = None
+    head_dims: tuple[int, ...] | None = None
+    block_sizes: tuple[int, ...] | None = None
+    dtypes: tuple[str, ...] | None = None
+
+    def refusals(self, head_dim: int, block_size: int, dtype: Any) -> list[str]:
+        """What it cannot serve, in words; empty when it can serve everything asked for."""
+        asked = (
+            ("head size", head_dim, self.head_dims),
+            ("block size", block_size, self.block_sizes),
+            ("cache of", jnp.dtype(dtype).name, self.dtypes),
+        )
+        return [
+            f"{what} {value} (only {', '.join(map(str, served))})"
+            for what, value, served in asked
+            if served is not None and value not in served
+        ]
+
+
+BACKENDS: dict[str, Backend] = {
+    "xla": Backend(xla.ragged_paged_attention),
 }
 
 
@@ -27,6 +62,7 @@ def ragged_paged_attention(
     scale: float,
     window: int | None = None,
     backend: str = "xla",
+    interpret: Any = False,
 ) -> tuple[Array, tuple[Array, Array]]:
     """Causal attention of a mixed batch of chunks over a paged KV cache that it extends by the batch's keys and values.
 
@@ -49,19 +85,45 @@ def ragged_paged_attention(
       scale: multiplies the scores.
       window: a row sees itself and ``window - 1`` keys before it; None: all.
       backend: a name in `BACKENDS`.
+      interpret: True runs a Pallas kernel by interpretation, slowly but on any platform; or what Pallas itself takes
+        for that backend, such as ``pltpu.InterpretParams(detect_races=True)``.
 
     Returns:
       f32[T, H, D] and the new cache.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, or an unknown backend; named.
+      ValueError: shapes or dtypes that do not fit, an unknown backend, or one that does not serve this head size,
+        block size or dtype; named.
     """
     if backend not in BACKENDS:
         raise ValueError(f"attention backend {backend!r} is not one of {', '.join(BACKENDS)}")
     _validate(q, k_new, v_new, kv_cache, write_indices, chunk_starts, kv_lens, block_tables, window)
-    run = BACKENDS[backend]
+    _, _, block_size, head_dim = kv_cache[0].shape
+    check_backend(backend, head_dim, block_size, kv_cache[0].dtype)
+    chosen = BACKENDS[backend]
+    options = {} if chosen.platform is None else {"interpret": interpret}
     chunks = (write_indices, chunk_starts, kv_lens, block_tables, num_decodes, num_chunks)
-    return run(q, k_new, v_new, kv_cache, *chunks, scale=scale, window=window)
+    return chosen.run(q, k_new, v_new, kv_cache, *chunks, scale=scale, window=window, **options)
+
+
+def check_backend(backend: str, head_dim: int, block_size: int, dtype: Any) -> None:
+    """Refuses a backend that does not serve these shapes.
+
+    Args:
+      backend: a name in `BACKENDS`.
+      head_dim: size of a head.
+      block_size: tokens of a cache block.
+      dtype: of the cache.
+
+    Raises:
+      ValueError: it does not; names what, and the backends that do.
+    """
+    refusals = BACKENDS[backend].refusals(head_dim, block_size, dtype)
+    if refusals:
+        serving = [name for name, other in BACKENDS.items() if not other.refusals(head_dim, block_size, dtype)]
+        raise ValueError(
+            f"attention backend {backend!r} does not serve {', '.join(refusals)}: choose {' or '.join(serving)}"
+        )
 
 
 def _validate(q, k_new, v_new, kv_cache, write_indices, chunk_starts, kv_lens, block_tables, window) -> None:
