@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.ragged_paged_attention import xla
+from pallas_kernels.ragged_paged_attention import triton, xla
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Backend:
 
 BACKENDS: dict[str, Backend] = {
     "xla": Backend(xla.ragged_paged_attention),
+    "triton": Backend(triton.ragged_paged_attention, "cuda", triton.HEAD_DIMS, triton.BLOCK_SIZES, triton.DTYPES),
 }
 
 

@@ -1,6 +1,6 @@
 """How a mixed batch is cut into pieces of fixed number and size, on the device and before a kernel: plain jnp.
 
-Decodes need no map: chunk s is row s. The other chunks are cut into tiles of `tile_rows` rows; as many tiles as the
+A decode is a tile of one row: chunk s is row s. The other chunks are cut into tiles of `tile_rows` rows; as many tiles as the
 worst batch of the bucket needs are always there, and those that this batch does not need have no rows.
 
     tile    0            1      | 2      3
@@ -44,6 +44,23 @@ def max_tiles(num_tokens: int, num_sequences: int, tile_rows: int) -> int:
       tile_rows: rows of a full tile.
     """
     return (num_tokens + min(num_sequences, num_tokens) * (tile_rows - 1)) // tile_rows
+
+
+def decode_tiles(kv_lens: Array, num_decodes: Array) -> Tiles:
+    """One tile a sequence, of which the first `num_decodes` are used.
+
+    Args:
+      kv_lens: i32[W].
+      num_decodes: i32 scalar.
+    """
+    chunks = jnp.arange(kv_lens.shape[0], dtype=jnp.int32)
+    used = chunks < num_decodes
+    return Tiles(
+        chunks=jnp.where(used, chunks, 0),
+        first_rows=jnp.where(used, chunks, 0),
+        num_rows=used.astype(jnp.int32),
+        positions=jnp.where(used, kv_lens - 1, 0),
+    )
 
 
 def prefill_tiles(
