@@ -15,6 +15,10 @@ class CompileCounter:
         self.count = 0
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
+    def close(self) -> None:
+        """Stops counting."""
+        jax.monitoring.unregister_event_duration_listener(self._on_event)
+
     def _on_event(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         self.count += event == _COMPILE_EVENT
 

@@ -181,6 +181,10 @@ class Runner:
         self._history = jnp.zeros(program.history_shape, jnp.int32)
         self.num_late_compiles = 0
 
+    def close(self) -> None:
+        """Ends the watch for late compilations; call it once."""
+        self._compiles.close()
+
     def run(self, bucket: int, buffer: np.ndarray, sampling: SamplingParamsArrays) -> StepOutput:
         """Starts a step and returns at once. A compilation here is a bug: it is logged as an error and counted.
 

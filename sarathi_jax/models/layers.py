@@ -25,8 +25,8 @@ Attend = Callable[[int, jax.Array, jax.Array, jax.Array, LayerState], tuple[jax.
 def product(x: jax.Array, weight: jax.Array) -> jax.Array:
     """``x @ weight.T`` with float32 accumulation and a float32 result.
 
-    A bfloat16 *result* takes a path on CPU that is 10-30 times slower, and so does a single row of bfloat16, which is
-    therefore given a second one (``docs/decisions/cpu-products.md``).
+    A bfloat16 *result* takes a path on CPU that is 10-30 times slower, and so does a single row of bfloat16, which has
+    a form of its own there (``docs/decisions/cpu-products.md``).
 
     Args:
       x: f32[T, in], rounded to the type of the weight.
@@ -35,13 +35,37 @@ def product(x: jax.Array, weight: jax.Array) -> jax.Array:
     Returns:
       f32[T, out...].
     """
-    rows, x = x.shape[0], x.astype(weight.dtype)
-    if rows == 1 and weight.dtype == jnp.bfloat16:
-        x = jnp.concatenate([x, jnp.zeros_like(x)])
+    x, flat = x.astype(weight.dtype), weight.reshape(-1, weight.shape[-1])
+    if x.shape[0] == 1 and weight.dtype == jnp.bfloat16:
+        out = lax.platform_dependent(x, flat, cpu=_one_row_on_cpu, default=_dot)
+    else:
+        out = _dot(x, flat)
+    return out.reshape(x.shape[0], *weight.shape[:-1])
+
+
+def _dot(x: jax.Array, weight: jax.Array) -> jax.Array:
     precision = lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
-    flat = weight.reshape(-1, weight.shape[-1])
-    out = lax.dot_general(x, flat, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
-    return out[:rows].reshape(rows, *weight.shape[:-1])
+    return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+
+
+_LANES = 32  # partial sums side by side: two of the widest vector registers
+_MOST_TERMS = 24  # of a partial sum; every term is code, which costs compile time
+
+
+def _one_row_on_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """One row of bfloat16 as partial sums in vector lanes: twice the pace of the dot, whose conversion is slow."""
+    out, width = weight.shape
+    groups = width // _LANES
+    terms = max((t for t in range(1, _MOST_TERMS + 1) if groups % t == 0), default=0)
+    if width % _LANES or terms < 4:
+        return _dot(jnp.concatenate([x, jnp.zeros_like(x)]), weight)[:1]
+    sums = groups // terms
+    x = x.astype(jnp.float32).reshape(sums, terms, _LANES)
+    weight = weight.reshape(out, sums, terms, _LANES)
+    partial = sum(weight[:, :, t].astype(jnp.float32) * x[:, t] for t in range(terms))
+    # The last sum as a product with ones; without the barrier XLA would fuse both into one slow loop.
+    partial = lax.optimization_barrier(partial).reshape(out, sums * _LANES)
+    return (partial @ jnp.ones((sums * _LANES, 1), jnp.float32)).T
 
 
 class Linear(nnx.Module):

@@ -45,7 +45,7 @@ def load_parameters(
     """
     directory = Path(directory)
     if _is_orbax(directory):
-        return orbax.load(directory, config, _numpy_dtype(dtype))
+        return orbax.load(directory, config, _numpy_dtype(dtype), progress)
     return huggingface.load(directory, config, _numpy_dtype(dtype), progress)
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from sarathi_jax.config import ConfigError, ModelConfig
 from sarathi_jax.weights import safetensors
 from sarathi_jax.weights.buffers import adopt, aligned_empty
 from sarathi_jax.weights.directory import read_json, write_json
 from sarathi_jax.weights.mapping import HEAD_TENSOR, ParameterSource, hf_tensors, is_tolerated, parameter_sources
+from sarathi_jax.weights.progress import bytes_bar
 from sarathi_jax.weights.safetensors import StoredTensor, WeightsError
 
 SINGLE_FILE = "model.safetensors"
@@ -84,7 +84,7 @@ def load(directory: Path, config: ModelConfig, dtype: np.dtype, progress: bool) 
     check_tensors(stored, config, directory)
     parameters = {}
     num_bytes = sum(stored[name].end - stored[name].begin for name in hf_tensors(config))
-    with _bar("loading weights", num_bytes, progress) as bar:
+    with bytes_bar("loading weights", num_bytes, progress) as bar:
         for source in parameter_sources(config):
             buffer = aligned_empty(source.shape, dtype)
             for part in source.parts:
@@ -115,7 +115,7 @@ def write(
         filled_bytes += num_bytes
     total_bytes = sum(source.size for shard in shards for source in shard) * dtype.itemsize
     weight_map: dict[str, str] = {}
-    with _bar("writing weights", total_bytes, progress) as bar:
+    with bytes_bar("writing weights", total_bytes, progress) as bar:
         for number, shard in enumerate(shards, 1):
             file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             shapes = {part.tensor_name: part.tensor_shape for source in shard for part in source.parts}
@@ -138,10 +138,6 @@ def _check_tied_head(head: StoredTensor, embedding: np.ndarray) -> None:
             f"{head.path}: config.json ties the output head to the embedding, but {HEAD_TENSOR!r} differs from it; "
             "if the model has a head of its own, set tie_word_embeddings to false in config.json"
         )
-
-
-def _bar(what: str, num_bytes: int, progress: bool) -> tqdm:
-    return tqdm(total=num_bytes, desc=what, unit="B", unit_scale=True, disable=not progress)
 
 
 def _some(names: list[str]) -> str:

@@ -1,7 +1,7 @@
 """Parameters in an Orbax checkpoint: ``params/`` inside a model directory, one flat dict keyed by dotted path."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,12 @@ import orbax.checkpoint as ocp
 
 from sarathi_jax.config import ModelConfig
 from sarathi_jax.weights.mapping import parameter_shapes
+from sarathi_jax.weights.progress import bytes_bar
 from sarathi_jax.weights.safetensors import WeightsError
 
 ARRAYS_DIRECTORY = "params"
+_READ_BYTES = 256 * 10**6
+"""Restored at a time: a restore costs some 20 ms whatever it reads."""
 
 
 def is_orbax(directory: Path) -> bool:
@@ -27,8 +30,8 @@ def stored_dtype(directory: Path) -> np.dtype:
         return np.dtype(next(iter(_metadata(checkpointer, directory).values())).dtype)
 
 
-def load(directory: Path, config: ModelConfig, dtype: np.dtype) -> dict[str, jax.Array]:
-    """Loads every parameter, about a gigabyte at a time: see `sarathi_jax.weights.checkpoint.load_parameters`."""
+def load(directory: Path, config: ModelConfig, dtype: np.dtype, progress: bool) -> dict[str, jax.Array]:
+    """Loads every parameter, some hundred megabytes at a time: see `sarathi_jax.weights.checkpoint.load_parameters`."""
     shapes = parameter_shapes(config)
     largest_bytes = max(math.prod(shape) for shape in shapes.values()) * 4
     with ocp.Checkpointer(_handler(largest_bytes)) as checkpointer:
@@ -46,13 +49,26 @@ def load(directory: Path, config: ModelConfig, dtype: np.dtype) -> dict[str, jax
                     f"{shape}; check that both are of the same model"
                 )
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        wanted = {path: ocp.ArrayRestoreArgs(dtype=dtype, sharding=sharding) for path in shapes}
-        try:
-            return checkpointer.restore(
-                directory.absolute() / ARRAYS_DIRECTORY, args=ocp.args.PyTreeRestore(restore_args=wanted)
-            )
-        except Exception as error:  # of many libraries: whatever it is, the files cannot be read
-            raise WeightsError(f"{directory / ARRAYS_DIRECTORY} cannot be read ({error}); copy it again") from error
+        wanted = {path: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for path, shape in shapes.items()}
+        parameters = {}
+        with bytes_bar("loading weights", sum(map(_num_bytes, wanted.values())), progress) as bar:
+            for group in _groups(wanted):
+                try:
+                    restored = checkpointer.restore(
+                        directory.absolute() / ARRAYS_DIRECTORY,
+                        args=ocp.args.PyTreeRestore(
+                            item=group,
+                            restore_args={path: ocp.ArrayRestoreArgs(dtype=dtype, sharding=sharding) for path in group},
+                            partial_restore=True,
+                        ),
+                    )
+                except Exception as error:  # of many libraries: whatever it is, the files cannot be read
+                    raise WeightsError(
+                        f"{directory / ARRAYS_DIRECTORY} cannot be read ({error}); copy it again"
+                    ) from error
+                parameters |= restored
+                bar.update(sum(map(_num_bytes, group.values())))
+        return parameters
 
 
 def write(directory: Path, parameters: Mapping[str, jax.Array]) -> None:
@@ -60,6 +76,24 @@ def write(directory: Path, parameters: Mapping[str, jax.Array]) -> None:
     largest_bytes = max(array.nbytes for array in parameters.values())
     with ocp.Checkpointer(_handler(largest_bytes)) as checkpointer:
         checkpointer.save(directory.absolute() / ARRAYS_DIRECTORY, args=ocp.args.PyTreeSave(dict(parameters)))
+    # Orbax writes down where it saved, which is nobody's business once the checkpoint is passed on.
+    (directory / ARRAYS_DIRECTORY / "commit_success.txt").write_text("Committed.\n")
+
+
+def _groups(wanted: dict[str, jax.ShapeDtypeStruct]) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
+    """Cuts the parameters, in order, into groups of about `_READ_BYTES`."""
+    group: dict[str, jax.ShapeDtypeStruct] = {}
+    for path, struct in wanted.items():
+        group[path] = struct
+        if sum(map(_num_bytes, group.values())) >= _READ_BYTES:
+            yield group
+            group = {}
+    if group:
+        yield group
+
+
+def _num_bytes(struct: jax.ShapeDtypeStruct) -> int:
+    return math.prod(struct.shape) * struct.dtype.itemsize
 
 
 def _handler(largest_bytes: int) -> Any:

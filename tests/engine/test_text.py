@@ -174,3 +174,11 @@ def test_without_text(decoder: Served, tokenizer: Tokenizer):
     (sample,) = tell(decoder, STORY, detokenize=False)[-1].outputs
     assert sample.text == ""
     assert list(sample.token_ids) == tokenizer.encode(STORY, add_special_tokens=False)
+
+
+def test_stop_string_in_what_the_decoder_held_back(decoder: Served, tokenizer: Tokenizer):
+    """Half a character is held back until the end, where it becomes the replacement character: here, a stop string."""
+    half = tokenizer.encode("🦊", add_special_tokens=False)[:-1]
+    script = [*tokenizer.encode("a cat", add_special_tokens=False), *half]
+    (sample,) = tell(decoder, script, stop=["\ufffd"])[-1].outputs
+    assert (sample.text, sample.finish_reason, sample.stop_reason) == ("a cat", "stop", "\ufffd")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from sarathi_jax.config import ConfigError
-from sarathi_jax.weights import safetensors
+from sarathi_jax.weights import orbax, safetensors
 from sarathi_jax.weights.checkpoint import load_parameters, random_parameters, save_hf, save_orbax, stored_dtype
 from sarathi_jax.weights.directory import load_model_config
 from sarathi_jax.weights.mapping import parameter_shapes
@@ -280,6 +280,15 @@ def test_orbax_directory_is_self_contained_and_small(make_checkpoint, tmp_path):
     weights_bytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     assert sum(path.stat().st_size for path in files) < 1.2 * weights_bytes + 100_000
     assert not list(tmp_path.glob(".*"))
+    assert not any(str(tmp_path).encode() in path.read_bytes() for path in files)
+
+
+def test_orbax_is_read_in_groups(make_checkpoint, tmp_path, monkeypatch):
+    checkpoint = make_checkpoint()
+    params = load(checkpoint.directory)
+    save_orbax(tmp_path / "out", checkpoint.config, params)
+    monkeypatch.setattr(orbax, "_READ_BYTES", 10_000)
+    assert equal(load(tmp_path / "out"), params)
 
 
 def test_orbax_of_another_model_and_damaged(make_checkpoint, tmp_path):
