@@ -1,0 +1,542 @@
+"""The Hopper backend, by Pallas' Mosaic GPU lowering. Experimental: it compiles for an H200, no GPU has run it yet.
+
+Two launches of fixed grid, whatever the batch: `write_kv` stores the keys and values of the step in the cache, in
+place; `attend` is a persistent kernel, one program a multiprocessor, that works through the list of pieces that
+`schedule.py` makes on the device. Prefill chunks and decodes share the launch: while some multiprocessors wait for
+memory, others keep their tensor cores busy.
+
+    piece i = program, program + programs, ...          (a run of query rows, a range of keys, a KV head)
+
+    producer warpgroup                            two consumer warpgroups
+    reads block ids one step ahead                copy their 64 query rows to shared memory
+      |                                             |
+      |   TMA, one a block          k_full          v
+      +--> K ring [stages, 128, D] ---------> S = Q K^T     WGMMA, shared x shared
+      |         ^------------------ k_free ---------+
+      |                                         mask where rows differ, online softmax in base 2
+      |                             v_full          v
+      +--> V ring [stages, 128, D] ---------> O += P V      WGMMA, registers x shared
+                ^------------------ v_free ---------+
+                                                    v
+                                    O / l  -> shared memory -> TMA -> rows of the result, or a partial result and its
+                                                                      log-sum-exp
+
+The query heads of a KV head are rows of one product, so K and V are read once for all of them. In a wide piece both
+consumers work on the same keys for rows of their own; in a narrow one the first does all, the other only gives the
+stages back: decodes are bound by memory, of which the rings keep 128 KB in flight.
+
+TMA cannot mask inside a tile. Scores of keys out of sight are overwritten, and rows of V that no row may see are set to
+zero in shared memory before they meet a weight of zero (0 x NaN is NaN), in the few steps that have any. So the unused
+cache may hold anything.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.ragged_paged_attention import schedule
+from pallas_kernels.ragged_paged_attention.schedule import NARROW_ROWS, WIDE_ROWS, Bucket
+
+HEAD_DIMS = (64, 128)
+BLOCK_SIZES = (16, 32, 64, 128)
+DTYPES = ("bfloat16",)  # WGMMA would round float32 to TF32
+
+_CONSUMERS = 2
+_PRODUCER = 2  # the warpgroup behind the consumers
+_ROWS = 64  # of a consumer: what one WGMMA takes
+_UNSEEN = -1e30  # finite: a step without a visible key must not make inf - inf
+_LOG2_E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What may be chosen without changing the result.
+
+    Attributes:
+      step_keys: keys of a stage.
+      stages: stages of each ring.
+      programs: of the persistent grid; one fits on a multiprocessor, an H100 or H200 has 132.
+      wanted_pieces: decodes are split until there are about so many pieces.
+      producer_registers, consumer_registers: a thread; 128 producing and 256 consuming threads share 65536.
+    """
+
+    step_keys: int = 128
+    stages: int = 2
+    programs: int = 132
+    wanted_pieces: int = 264
+    producer_registers: int = 40
+    consumer_registers: int = 232
+
+    def __post_init__(self):
+        if self.step_keys % 64:
+            raise ValueError(f"step_keys={self.step_keys} must be a multiple of 64")
+        if self.stages < 2:
+            raise ValueError(f"stages={self.stages} must be at least 2")
+
+
+def choose_tuning(head_dim: int, interpret: Any = False) -> Tuning:
+    """Rings of 128 KB: enough in flight for the memory's latency, and room for the results.
+
+    Args:
+      head_dim: D.
+      interpret: whether to interpret, which takes its time for every program: two show all that can happen.
+    """
+    stages = 256 // head_dim
+    return Tuning(stages=stages) if interpret is False else Tuning(stages=stages, programs=2, wanted_pieces=8)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "window", "interpret", "tuning"))
+def ragged_paged_attention(
+    q: Array,
+    k_new: Array,
+    v_new: Array,
+    kv_cache: tuple[Array, Array],
+    write_indices: Array,
+    chunk_starts: Array,
+    kv_lens: Array,
+    block_tables: Array,
+    num_decodes: Array,
+    num_chunks: Array,
+    *,
+    scale: float,
+    window: int | None,
+    interpret: Any = False,
+    tuning: Tuning | None = None,
+) -> tuple[Array, tuple[Array, Array]]:
+    """See `pallas_kernels.ragged_paged_attention.api`; `tuning` None: by heuristic."""
+    num_tokens, heads, head_dim = q.shape
+    kv_heads = kv_cache[0].shape[1]
+    tuning = choose_tuning(head_dim, interpret) if tuning is None else tuning
+    interpret = plgpu.InterpretGPUParams() if interpret is True else interpret
+    bucket = Bucket(
+        num_tokens=num_tokens,
+        num_sequences=kv_lens.shape[0],
+        kv_heads=kv_heads,
+        heads_per_kv=heads // kv_heads,
+        step_keys=tuning.step_keys,
+        wanted_pieces=tuning.wanted_pieces,
+    )
+    kv_cache = write_kv(k_new, v_new, kv_cache, write_indices, interpret=interpret)
+    plan = schedule.make_schedule(bucket, chunk_starts, kv_lens, num_decodes, num_chunks, window)
+    packed = schedule.pack_queries(q.astype(kv_cache[0].dtype), bucket, plan)
+    wide, partial, lse = attend(
+        bucket, plan, packed, kv_cache, block_tables, scale=scale, window=window, tuning=tuning, interpret=interpret
+    )
+    out = schedule.gather_result(bucket, plan, wide, partial, lse, num_decodes, chunk_starts[num_chunks])
+    return out, kv_cache
+
+
+def write_kv(
+    k_new: Array, v_new: Array, kv_cache: tuple[Array, Array], write_indices: Array, *, interpret: Any
+) -> tuple[Array, Array]:
+    """Stores each new key and value at its slot, in the memory of the cache given; slots outside are dropped.
+
+    One program a token: its rows come to shared memory by one TMA copy and leave by another, all heads at once.
+    """
+    num_tokens, num_heads, head_dim = k_new.shape
+    num_blocks, _, block_size, _ = kv_cache[0].shape
+    dtype = kv_cache[0].dtype
+
+    def kernel(indices, k_new, v_new, k_cache, v_cache, k_row, v_row, arrived):
+        token = lax.axis_index("token")
+        slot = indices[token]
+        block, offset = lax.div(slot, block_size), lax.rem(slot, block_size)
+
+        @pl.when(slot < num_blocks * block_size)
+        def _():
+            plgpu.copy_gmem_to_smem(k_new.at[token], k_row, arrived)
+            plgpu.copy_gmem_to_smem(v_new.at[token], v_row, arrived)
+            plgpu.barrier_wait(arrived)
+            plgpu.copy_smem_to_gmem(k_row, k_cache.at[block, :, offset])
+            plgpu.copy_smem_to_gmem(v_row, v_cache.at[block, :, offset])
+            plgpu.wait_smem_to_gmem(0)
+
+    row = plgpu.SMEM((num_heads, head_dim), dtype)
+    write = plgpu.kernel(
+        kernel,
+        scratch_types=[row, row, plgpu.Barrier(num_arrivals=2)],
+        grid=(num_tokens,),
+        grid_names=("token",),
+        interpret=None if interpret is False else interpret,
+        kernel_name="write_kv",
+    )
+    # References: the kernel's output is its input's memory (`input_output_aliases` of the call that is compiled).
+    caches = [jax.new_ref(cache) for cache in kv_cache]
+    write(write_indices, k_new.astype(dtype), v_new.astype(dtype), *caches)
+    return jax.freeze(caches[0]), jax.freeze(caches[1])
+
+
+def attend(
+    bucket: Bucket,
+    plan: schedule.Schedule,
+    packed: Array,
+    kv_cache: tuple[Array, Array],
+    block_tables: Array,
+    *,
+    scale: float,
+    window: int | None,
+    tuning: Tuning,
+    interpret: Any,
+) -> tuple[Array, Array, Array]:
+    """Attention of all pieces.
+
+    Args:
+      bucket, plan: what to compute.
+      packed: [G, packed_rows, D], the queries.
+      kv_cache: K and V, [N, G, K, D], the step's own keys and values among them.
+      block_tables: i32[S, P].
+      scale: multiplies the scores.
+      window: keys that a row sees, or None.
+      tuning: how.
+      interpret: False, or how to interpret.
+
+    Returns:
+      Results of wide pieces, [G, wide_tiles * 128, D]; those of narrow ones, f32[G, partial_slots, partial_rows, D],
+      and their log-sum-exp, base 2. What no piece writes holds anything.
+    """
+    groups, head_dim = bucket.kv_heads, packed.shape[-1]
+    dtype, rows = packed.dtype, bucket.partial_rows
+    block_size = kv_cache[0].shape[2]
+    copies = max(1, tuning.step_keys // block_size)
+    ring = _tiled_smem((tuning.stages, tuning.step_keys, head_dim), dtype)
+    full = plgpu.Barrier(num_arrivals=copies, num_barriers=tuning.stages)
+    free = plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=tuning.stages)
+    program = _Program(
+        heads_per_kv=bucket.heads_per_kv,
+        scale=scale,
+        window=window,
+        tuning=tuning,
+        emulate_wgmma=interpret is not False,
+    )
+    kernel = plgpu.kernel(
+        functools.partial(_kernel, program=program),
+        out_type=[
+            jax.ShapeDtypeStruct((groups, bucket.wide_tiles * WIDE_ROWS, head_dim), dtype),
+            jax.ShapeDtypeStruct((groups, bucket.partial_slots, rows, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((groups, bucket.partial_slots, rows), jnp.float32),
+        ],
+        scratch_types={
+            "q_smem": _tiled_smem((_CONSUMERS, _ROWS, head_dim), dtype),
+            "k_ring": ring,
+            "v_ring": ring,
+            "partial_smem": _tiled_smem((NARROW_ROWS, head_dim), jnp.float32),
+            "lse_smem": plgpu.SMEM((NARROW_ROWS,), jnp.float32),
+            "q_full": plgpu.Barrier(num_barriers=_CONSUMERS),
+            "k_full": full,
+            "v_full": full,
+            "k_free": free,
+            "v_free": free,
+            "v_cleaned": plgpu.Barrier(num_arrivals=_CONSUMERS),
+        },
+        grid=(tuning.programs,),
+        grid_names=("program",),
+        num_threads=_CONSUMERS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=None if interpret is False else interpret,
+    )
+    return kernel(plan.num_pieces, plan.pieces, block_tables, packed, *kv_cache)
+
+
+def _tiled_smem(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory in the layout that WGMMA reads and TMA writes: tiles of 8 rows of 128 bytes, swizzled."""
+    tiling = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))  # pyright: ignore[reportAbstractUsage]
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(128)))  # pyright: ignore[reportAbstractUsage]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scratch:
+    """Shared memory and barriers of a program; what each ring's barriers mean is in the module's drawing."""
+
+    q_smem: Any  # [consumers, 64, D], queries; then the result of a wide piece
+    k_ring: Any  # [stages, step_keys, D]
+    v_ring: Any
+    partial_smem: Any  # f32[64, D], the result of a narrow piece
+    lse_smem: Any  # f32[64]
+    q_full: Any
+    k_full: Any
+    v_full: Any
+    k_free: Any
+    v_free: Any
+    v_cleaned: Any  # both consumers have cleaned their share of a stage of V
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """What one piece reads and writes: see `schedule.Schedule`; all scalars."""
+
+    kv_head: Array
+    narrow: Array
+    sequence: Array
+    query_row: Array
+    position: Array
+    first_key: Array
+    end_key: Array
+    result: Array
+    first_step: Array
+    num_steps: Array
+
+
+def _read_piece(pieces, index: Array, kv_heads: int, step_keys: int) -> _Piece:
+    """Neighbouring indices are the KV heads of a piece."""
+    column = lax.div(index, kv_heads)
+    first_key, end_key = pieces[schedule.FIRST_KEY, column], pieces[schedule.END_KEY, column]
+    first_step = lax.div(first_key, step_keys)
+    return _Piece(
+        kv_head=lax.rem(index, kv_heads),
+        narrow=pieces[schedule.NARROW, column] == 1,
+        sequence=pieces[schedule.SEQUENCE, column],
+        query_row=pieces[schedule.QUERY_ROW, column],
+        position=pieces[schedule.POSITION, column],
+        first_key=first_key,
+        end_key=end_key,
+        result=pieces[schedule.RESULT, column],
+        first_step=first_step,
+        num_steps=lax.div(end_key + step_keys - 1, step_keys) - first_step,
+    )
+
+
+def _kernel(
+    num_pieces, pieces, tables, packed, k_cache, v_cache, wide, partial, lse, *, program: "_Program", **scratch
+):
+    """One program: its pieces, each warpgroup in its role."""
+    smem = _Scratch(**scratch)
+    tuning, kv_heads = program.tuning, packed.shape[0]
+    warpgroup, first = lax.axis_index("warpgroup"), lax.axis_index("program")
+    count = lax.div(num_pieces[0] * kv_heads - first + tuning.programs - 1, tuning.programs)
+
+    def for_each_piece(work) -> Array:
+        """Calls ``work(piece, stages used before it)``; returns the stages used by all."""
+
+        def body(i: Array, used: Array) -> Array:
+            piece = _read_piece(pieces, first + i * tuning.programs, kv_heads, tuning.step_keys)
+            work(piece, used)
+            return used + piece.num_steps
+
+        return lax.fori_loop(0, count, body, jnp.int32(0))
+
+    @pl.when(warpgroup == _PRODUCER)
+    def _():
+        plgpu.set_max_registers(tuning.producer_registers, action="decrease")
+        used = for_each_piece(functools.partial(_load_piece, smem, tables, k_cache, v_cache, tuning))
+        # A program ends when its last stages have been given back.
+        lax.fori_loop(jnp.maximum(used - tuning.stages, 0), used, functools.partial(_await_free, smem, tuning), None)
+
+    @pl.when(warpgroup != _PRODUCER)
+    def _():
+        plgpu.set_max_registers(tuning.consumer_registers, action="increase")
+
+        def work(piece: _Piece, used: Array) -> None:
+            idle = piece.narrow & (warpgroup != 0)
+            pl.when(idle)(lambda: _skip_piece(smem, tuning, piece, used))
+            pl.when(jnp.logical_not(idle))(
+                lambda: _attend_piece(smem, packed, wide, partial, lse, program, warpgroup, piece, used)
+            )
+
+        for_each_piece(work)
+
+
+def _stage(index: Array, tuning: Tuning) -> Array:
+    return lax.rem(index, tuning.stages)
+
+
+def _await_free(smem: _Scratch, tuning: Tuning, index: Array, _: None) -> None:
+    stage = _stage(index, tuning)
+    plgpu.barrier_wait(smem.k_free.at[stage])
+    plgpu.barrier_wait(smem.v_free.at[stage])
+
+
+def _load_piece(smem: _Scratch, tables, k_cache, v_cache, tuning: Tuning, piece: _Piece, used: Array) -> None:
+    """The producer: one TMA copy for each block of K and of V, or for each step's part of a larger block."""
+    block_size = k_cache.shape[2]
+    rows = min(block_size, tuning.step_keys)
+    copies = tuning.step_keys // rows
+    first_block, last_block = lax.div(piece.first_key, block_size), lax.div(piece.end_key - 1, block_size)
+
+    def read_blocks(step: Array) -> list[Array]:
+        # Blocks that no row sees are replaced by one that is read anyway: every stage has the same number of copies.
+        keys = [step * tuning.step_keys + i * rows for i in range(copies)]
+        return [tables[piece.sequence, jnp.clip(lax.div(key, block_size), first_block, last_block)] for key in keys]
+
+    def load(cache, ring, barrier, step: Array, blocks: list[Array]) -> None:
+        for i, block in enumerate(blocks):
+            offset = lax.rem(step * tuning.step_keys, block_size) if block_size > rows else 0
+            source = cache.at[block, piece.kv_head, pl.ds(offset, rows)]
+            plgpu.copy_gmem_to_smem(source, ring.at[pl.ds(i * rows, rows)], barrier)
+
+    def body(i: Array, blocks: list[Array]) -> list[Array]:
+        stage, step = _stage(used + i, tuning), piece.first_step + i
+        recycled = used + i >= tuning.stages
+        pl.when(recycled)(lambda: plgpu.barrier_wait(smem.k_free.at[stage]))
+        load(k_cache, smem.k_ring.at[stage], smem.k_full.at[stage], step, blocks)
+        pl.when(recycled)(lambda: plgpu.barrier_wait(smem.v_free.at[stage]))
+        load(v_cache, smem.v_ring.at[stage], smem.v_full.at[stage], step, blocks)
+        return read_blocks(step + 1)  # while the next stage is awaited
+
+    lax.fori_loop(0, piece.num_steps, body, read_blocks(piece.first_step))
+
+
+def _skip_piece(smem: _Scratch, tuning: Tuning, piece: _Piece, used: Array) -> None:
+    """A consumer without rows in this piece: it gives back what it does not read, as soon as it is there."""
+
+    def body(i: Array, _: None) -> None:
+        stage = _stage(used + i, tuning)
+        for full, free in ((smem.k_full, smem.k_free), (smem.v_full, smem.v_free)):
+            plgpu.barrier_wait(full.at[stage])
+            plgpu.barrier_arrive(free.at[stage])
+
+    lax.fori_loop(0, piece.num_steps, body, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """The static side of the kernel.
+
+    Attributes:
+      heads_per_kv: R.
+      scale, window: as in `api.ragged_paged_attention`.
+      tuning: how to cut it.
+      emulate_wgmma: `jnp.dot` in place of WGMMA, for interpretation, which has no WGMMA with a left operand in
+        registers, nor one that starts from a given accumulator.
+    """
+
+    heads_per_kv: int
+    scale: float
+    window: int | None
+    tuning: Tuning
+    emulate_wgmma: bool
+
+    def scores(self, q, k) -> Array:
+        """``Q K^T`` of shared memory, f32[64, step_keys]."""
+        if self.emulate_wgmma:
+            product = jnp.dot(q[...], k[...].T, preferred_element_type=jnp.float32)
+            plgpu.commit_smem()  # these were ordinary reads; WGMMA's need no fence before the next TMA copy
+            return product
+
+        def multiply(accumulator) -> Array:
+            plgpu.wgmma(accumulator, q, k.transpose((1, 0)))
+            return accumulator[...]
+
+        return pl.run_scoped(multiply, plgpu.ACC((_ROWS, self.tuning.step_keys), jnp.float32))
+
+    def add_values(self, out: Array, weights: Array, v) -> Array:
+        """``out + P V``, f32[64, D]; the weights in registers, V in shared memory."""
+        weights = weights.astype(v.dtype)
+        if self.emulate_wgmma:
+            out = out + jnp.dot(weights, v[...], preferred_element_type=jnp.float32)
+            plgpu.commit_smem()
+            return out
+        accumulator: Any = plgpu.ACC.init(out)
+        return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, weights, v))(accumulator)
+
+
+def _attend_piece(
+    smem: _Scratch, packed, wide, partial, lse, program: _Program, warpgroup: Array, piece: _Piece, used: Array
+) -> None:
+    """A consumer's 64 rows of a piece."""
+    tuning, step_keys = program.tuning, program.tuning.step_keys
+    q_smem, head_dim = smem.q_smem.at[warpgroup], packed.shape[-1]
+    row = jnp.where(piece.narrow, 0, warpgroup * _ROWS)
+    query_row = pl.multiple_of(piece.query_row + row, schedule.ROW_ALIGNMENT)
+    plgpu.copy_gmem_to_smem(packed.at[piece.kv_head, pl.ds(query_row, _ROWS)], q_smem, smem.q_full.at[warpgroup])
+    plgpu.barrier_wait(smem.q_full.at[warpgroup])
+    first_position = lax.div(piece.position + row, program.heads_per_kv)
+    last_position = lax.div(piece.position + row + _ROWS - 1, program.heads_per_kv)
+
+    def mask(scores: Array, first_key: Array) -> Array:
+        # Positions and keys relative to the first key of the step.
+        rows = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=plgpu.Layout.WGMMA)
+        keys = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
+        positions = lax.div(rows + piece.position + row, program.heads_per_kv) - first_key
+        visible = keys <= positions
+        if program.window is not None:
+            visible &= keys > positions - program.window
+        return jnp.where(visible, scores, _UNSEEN)
+
+    def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        out, best, total = carry
+        stage, first_key = _stage(used + i, tuning), (piece.first_step + i) * step_keys
+        plgpu.barrier_wait(smem.k_full.at[stage])
+        scores = program.scores(q_smem, smem.k_ring.at[stage])
+        plgpu.barrier_arrive(smem.k_free.at[stage])
+        differs = first_key + step_keys - 1 > first_position
+        if program.window is not None:
+            differs |= first_key <= last_position - program.window
+        scores = lax.cond(differs, lambda s: mask(s, first_key), lambda s: s, scores)
+        scores = scores * (program.scale * _LOG2_E)
+        new_best = jnp.maximum(best, scores.max(axis=1))
+        weights = jnp.exp2(scores - _across(new_best, scores))
+        shrink = jnp.exp2(best - new_best)
+        total = total * shrink + weights.sum(axis=1)
+        out = out * _across(shrink, out)
+        plgpu.barrier_wait(smem.v_full.at[stage])
+        _clean_values(smem, program, warpgroup, piece, stage, first_key)
+        out = program.add_values(out, weights, smem.v_ring.at[stage])
+        plgpu.barrier_arrive(smem.v_free.at[stage])
+        return out, new_best, total
+
+    zeros = plgpu.layout_cast(jnp.zeros((_ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA)
+    best = plgpu.layout_cast(jnp.full((_ROWS,), _UNSEEN, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+    total = plgpu.layout_cast(jnp.zeros((_ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+    out, best, total = lax.fori_loop(0, piece.num_steps, body, (zeros, best, total))
+    out = out / _across(total, out)
+
+    @pl.when(piece.narrow)
+    def _():
+        smem.partial_smem[...] = out
+        smem.lse_smem[...] = best + jnp.log2(total)
+        plgpu.commit_smem()
+        rows = pl.ds(0, partial.shape[2])
+        plgpu.copy_smem_to_gmem(smem.partial_smem.at[rows], partial.at[piece.kv_head, piece.result])
+        plgpu.copy_smem_to_gmem(smem.lse_smem.at[rows], lse.at[piece.kv_head, piece.result])
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(jnp.logical_not(piece.narrow))
+    def _():
+        q_smem[...] = out.astype(q_smem.dtype)
+        plgpu.commit_smem()
+        result_row = pl.multiple_of(piece.result * WIDE_ROWS + row, _ROWS)
+        plgpu.copy_smem_to_gmem(q_smem, wide.at[piece.kv_head, pl.ds(result_row, _ROWS)])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _clean_values(
+    smem: _Scratch, program: _Program, warpgroup: Array, piece: _Piece, stage: Array, first_key: Array
+) -> None:
+    """Sets rows of V to zero that no row of the piece sees; the consumers share the work where both need it."""
+    step_keys, head_dim = program.tuning.step_keys, smem.v_ring.shape[-1]
+    dirty = first_key + step_keys > piece.end_key
+    if program.window is not None:
+        dirty |= first_key < piece.first_key
+
+    @pl.when(dirty)
+    def _():
+        for part in range(step_keys // _ROWS):
+
+            @pl.when(piece.narrow | (warpgroup == part % _CONSUMERS))
+            def _(part=part):
+                rows = smem.v_ring.at[stage, pl.ds(part * _ROWS, _ROWS)]
+                keys = plgpu.broadcasted_iota(jnp.int32, (_ROWS, head_dim), 0, layout=plgpu.Layout.WGMMA)
+                keys += first_key + part * _ROWS
+                seen = (keys >= piece.first_key) & (keys < piece.end_key)
+                values = plgpu.layout_cast(rows[...], plgpu.Layout.WGMMA)
+                rows[...] = jnp.where(seen, values, jnp.zeros_like(values))
+
+        plgpu.commit_smem()
+
+        @pl.when(jnp.logical_not(piece.narrow))
+        def _():
+            plgpu.barrier_arrive(smem.v_cleaned)
+            plgpu.barrier_wait(smem.v_cleaned)
+
+
+def _across(rows: Array, like: Array) -> Array:
+    """One value a row, as wide as `like`."""
+    return lax.broadcast_in_dim(rows, like.shape, [0])
