@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.ragged_paged_attention import triton, xla
+from pallas_kernels.ragged_paged_attention import mosaic_gpu, triton, xla
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,14 @@ class Backend:
 BACKENDS: dict[str, Backend] = {
     "xla": Backend(xla.ragged_paged_attention),
     "triton": Backend(triton.ragged_paged_attention, "cuda", triton.HEAD_DIMS, triton.BLOCK_SIZES, triton.DTYPES),
+    # Experimental: it compiles for its device, which has not run it yet.
+    "mosaic_gpu": Backend(
+        mosaic_gpu.ragged_paged_attention,
+        "cuda",
+        mosaic_gpu.HEAD_DIMS,
+        mosaic_gpu.BLOCK_SIZES,
+        mosaic_gpu.DTYPES,
+    ),
 }
 
 

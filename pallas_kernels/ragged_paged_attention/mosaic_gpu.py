@@ -22,8 +22,9 @@ memory, others keep their tensor cores busy.
                                                                       log-sum-exp
 
 The query heads of a KV head are rows of one product, so K and V are read once for all of them. In a wide piece both
-consumers work on the same keys for rows of their own; in a narrow one the first does all, the other only gives the
-stages back: decodes are bound by memory, of which the rings keep 128 KB in flight.
+consumers work on the same keys for rows of their own, half a step apart: one multiplies while the other is at its
+softmax (FlashAttention-3, arXiv 2407.08608). In a narrow piece the first does all, the other only gives the stages
+back: decodes are bound by memory, of which the rings keep 128 KB in flight.
 
 TMA cannot mask inside a tile. Scores of keys out of sight are overwritten, and rows of V that no row may see are set to
 zero in shared memory before they meet a weight of zero (0 x NaN is NaN), in the few steps that have any. So the unused
@@ -33,6 +34,7 @@ cache may hold anything.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -64,6 +66,7 @@ class Tuning:
       stages: stages of each ring.
       programs: of the persistent grid; one fits on a multiprocessor, an H100 or H200 has 132.
       wanted_pieces: decodes are split until there are about so many pieces.
+      take_turns: whether barriers hold the consumers half a step apart.
       producer_registers, consumer_registers: a thread; 128 producing and 256 consuming threads share 65536.
     """
 
@@ -71,6 +74,7 @@ class Tuning:
     stages: int = 2
     programs: int = 132
     wanted_pieces: int = 264
+    take_turns: bool = True
     producer_registers: int = 40
     consumer_registers: int = 232
 
@@ -208,7 +212,7 @@ def attend(
     ring = _tiled_smem((tuning.stages, tuning.step_keys, head_dim), dtype)
     full = plgpu.Barrier(num_arrivals=copies, num_barriers=tuning.stages)
     free = plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=tuning.stages)
-    program = _Program(
+    options = _Options(
         heads_per_kv=bucket.heads_per_kv,
         scale=scale,
         window=window,
@@ -216,7 +220,7 @@ def attend(
         emulate_wgmma=interpret is not False,
     )
     kernel = plgpu.kernel(
-        functools.partial(_kernel, program=program),
+        functools.partial(_kernel, options=options),
         out_type=[
             jax.ShapeDtypeStruct((groups, bucket.wide_tiles * WIDE_ROWS, head_dim), dtype),
             jax.ShapeDtypeStruct((groups, bucket.partial_slots, rows, head_dim), jnp.float32),
@@ -234,6 +238,7 @@ def attend(
             "k_free": free,
             "v_free": free,
             "v_cleaned": plgpu.Barrier(num_arrivals=_CONSUMERS),
+            "turn": plgpu.Barrier(num_arrivals=_CONSUMERS),
         },
         grid=(tuning.programs,),
         grid_names=("program",),
@@ -241,6 +246,7 @@ def attend(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=None if interpret is False else interpret,
+        kernel_name="ragged_paged_attention",
     )
     return kernel(plan.num_pieces, plan.pieces, block_tables, packed, *kv_cache)
 
@@ -252,25 +258,45 @@ def _tiled_smem(shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Options:
+    """The static side of the kernel.
+
+    Attributes:
+      heads_per_kv: R.
+      scale, window: as in `api.ragged_paged_attention`.
+      tuning: how to cut it.
+      emulate_wgmma: `jnp.dot` in place of WGMMA, for interpretation, which has no WGMMA with a left operand in
+        registers or a transposed right one, nor one that starts from a given accumulator.
+    """
+
+    heads_per_kv: int
+    scale: float
+    window: int | None
+    tuning: Tuning
+    emulate_wgmma: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class _Scratch:
-    """Shared memory and barriers of a program; what each ring's barriers mean is in the module's drawing."""
+    """Shared memory and barriers of a program; the barriers of the rings are in the module's drawing."""
 
     q_smem: Any  # [consumers, 64, D], queries; then the result of a wide piece
     k_ring: Any  # [stages, step_keys, D]
     v_ring: Any
     partial_smem: Any  # f32[64, D], the result of a narrow piece
     lse_smem: Any  # f32[64]
-    q_full: Any
-    k_full: Any
+    q_full: Any  # one for each consumer
+    k_full: Any  # one for each stage, as the next three
     v_full: Any
     k_free: Any
     v_free: Any
     v_cleaned: Any  # both consumers have cleaned their share of a stage of V
+    turn: Any  # both consumers have come to where the tensor cores change hands
 
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """What one piece reads and writes: see `schedule.Schedule`; all scalars."""
+    """What one piece reads and writes, all scalars: see `schedule.Schedule`. Steps begin at multiples of their size."""
 
     kv_head: Array
     narrow: Array
@@ -304,19 +330,19 @@ def _read_piece(pieces, index: Array, kv_heads: int, step_keys: int) -> _Piece:
 
 
 def _kernel(
-    num_pieces, pieces, tables, packed, k_cache, v_cache, wide, partial, lse, *, program: "_Program", **scratch
-):
+    num_pieces, pieces, tables, packed, k_cache, v_cache, wide, partial, lse, *, options: _Options, **scratch
+) -> None:
     """One program: its pieces, each warpgroup in its role."""
     smem = _Scratch(**scratch)
-    tuning, kv_heads = program.tuning, packed.shape[0]
-    warpgroup, first = lax.axis_index("warpgroup"), lax.axis_index("program")
-    count = lax.div(num_pieces[0] * kv_heads - first + tuning.programs - 1, tuning.programs)
+    tuning, kv_heads = options.tuning, packed.shape[0]
+    warpgroup, program = lax.axis_index("warpgroup"), lax.axis_index("program")
+    count = lax.div(num_pieces[0] * kv_heads - program + tuning.programs - 1, tuning.programs)
 
-    def for_each_piece(work) -> Array:
+    def for_each_piece(work: Callable[[_Piece, Array], None]) -> Array:
         """Calls ``work(piece, stages used before it)``; returns the stages used by all."""
 
         def body(i: Array, used: Array) -> Array:
-            piece = _read_piece(pieces, first + i * tuning.programs, kv_heads, tuning.step_keys)
+            piece = _read_piece(pieces, program + i * tuning.programs, kv_heads, tuning.step_keys)
             work(piece, used)
             return used + piece.num_steps
 
@@ -334,207 +360,230 @@ def _kernel(
         plgpu.set_max_registers(tuning.consumer_registers, action="increase")
 
         def work(piece: _Piece, used: Array) -> None:
+            consumer = _Consumer(options, smem, warpgroup, piece, used)
             idle = piece.narrow & (warpgroup != 0)
-            pl.when(idle)(lambda: _skip_piece(smem, tuning, piece, used))
-            pl.when(jnp.logical_not(idle))(
-                lambda: _attend_piece(smem, packed, wide, partial, lse, program, warpgroup, piece, used)
-            )
+            pl.when(idle)(consumer.skip)
+            pl.when(jnp.logical_not(idle))(lambda: consumer.attend(packed, wide, partial, lse))
 
         for_each_piece(work)
 
 
-def _stage(index: Array, tuning: Tuning) -> Array:
-    return lax.rem(index, tuning.stages)
-
-
 def _await_free(smem: _Scratch, tuning: Tuning, index: Array, _: None) -> None:
-    stage = _stage(index, tuning)
+    stage = lax.rem(index, tuning.stages)
     plgpu.barrier_wait(smem.k_free.at[stage])
     plgpu.barrier_wait(smem.v_free.at[stage])
 
 
 def _load_piece(smem: _Scratch, tables, k_cache, v_cache, tuning: Tuning, piece: _Piece, used: Array) -> None:
-    """The producer: one TMA copy for each block of K and of V, or for each step's part of a larger block."""
+    """The producer: one TMA copy for each block of K and of V, or for a step's part of a larger block."""
     block_size = k_cache.shape[2]
     rows = min(block_size, tuning.step_keys)
     copies = tuning.step_keys // rows
     first_block, last_block = lax.div(piece.first_key, block_size), lax.div(piece.end_key - 1, block_size)
 
     def read_blocks(step: Array) -> list[Array]:
-        # Blocks that no row sees are replaced by one that is read anyway: every stage has the same number of copies.
-        keys = [step * tuning.step_keys + i * rows for i in range(copies)]
-        return [tables[piece.sequence, jnp.clip(lax.div(key, block_size), first_block, last_block)] for key in keys]
+        # A block that no row sees is replaced by one that is read anyway: each stage takes the same number of copies.
+        blocks = [lax.div(step * tuning.step_keys + i * rows, block_size) for i in range(copies)]
+        return [tables[piece.sequence, jnp.clip(block, first_block, last_block)] for block in blocks]
 
-    def load(cache, ring, barrier, step: Array, blocks: list[Array]) -> None:
+    def load(cache, ring, full, step: Array, blocks: list[Array]) -> None:
+        offset = pl.multiple_of(lax.rem(step * tuning.step_keys, block_size), rows) if rows < block_size else 0
         for i, block in enumerate(blocks):
-            offset = lax.rem(step * tuning.step_keys, block_size) if block_size > rows else 0
             source = cache.at[block, piece.kv_head, pl.ds(offset, rows)]
-            plgpu.copy_gmem_to_smem(source, ring.at[pl.ds(i * rows, rows)], barrier)
+            plgpu.copy_gmem_to_smem(source, ring.at[pl.ds(i * rows, rows)], full)
 
     def body(i: Array, blocks: list[Array]) -> list[Array]:
-        stage, step = _stage(used + i, tuning), piece.first_step + i
+        stage, step = lax.rem(used + i, tuning.stages), piece.first_step + i
         recycled = used + i >= tuning.stages
         pl.when(recycled)(lambda: plgpu.barrier_wait(smem.k_free.at[stage]))
         load(k_cache, smem.k_ring.at[stage], smem.k_full.at[stage], step, blocks)
         pl.when(recycled)(lambda: plgpu.barrier_wait(smem.v_free.at[stage]))
         load(v_cache, smem.v_ring.at[stage], smem.v_full.at[stage], step, blocks)
-        return read_blocks(step + 1)  # while the next stage is awaited
+        return read_blocks(step + 1)  # they arrive while the next stage is awaited
 
     lax.fori_loop(0, piece.num_steps, body, read_blocks(piece.first_step))
 
 
-def _skip_piece(smem: _Scratch, tuning: Tuning, piece: _Piece, used: Array) -> None:
-    """A consumer without rows in this piece: it gives back what it does not read, as soon as it is there."""
-
-    def body(i: Array, _: None) -> None:
-        stage = _stage(used + i, tuning)
-        for full, free in ((smem.k_full, smem.k_free), (smem.v_full, smem.v_free)):
-            plgpu.barrier_wait(full.at[stage])
-            plgpu.barrier_arrive(free.at[stage])
-
-    lax.fori_loop(0, piece.num_steps, body, None)
-
-
 @dataclasses.dataclass(frozen=True)
-class _Program:
-    """The static side of the kernel.
+class _Consumer:
+    """A consumer warpgroup and its 64 rows of a piece.
 
     Attributes:
-      heads_per_kv: R.
-      scale, window: as in `api.ragged_paged_attention`.
-      tuning: how to cut it.
-      emulate_wgmma: `jnp.dot` in place of WGMMA, for interpretation, which has no WGMMA with a left operand in
-        registers, nor one that starts from a given accumulator.
+      options: the static side of the kernel.
+      smem: shared memory and barriers.
+      warpgroup: 0 or 1.
+      piece: what it works on.
+      used: stages that earlier pieces used.
     """
 
-    heads_per_kv: int
-    scale: float
-    window: int | None
-    tuning: Tuning
-    emulate_wgmma: bool
+    options: _Options
+    smem: _Scratch
+    warpgroup: Array
+    piece: _Piece
+    used: Array
 
-    def scores(self, q, k) -> Array:
-        """``Q K^T`` of shared memory, f32[64, step_keys]."""
-        if self.emulate_wgmma:
-            product = jnp.dot(q[...], k[...].T, preferred_element_type=jnp.float32)
-            plgpu.commit_smem()  # these were ordinary reads; WGMMA's need no fence before the next TMA copy
+    @property
+    def _q(self) -> Any:
+        return self.smem.q_smem.at[self.warpgroup]
+
+    @property
+    def _row(self) -> Array:
+        """The first row in the piece."""
+        return jnp.where(self.piece.narrow, 0, self.warpgroup * _ROWS)
+
+    def _stage(self, i: Array) -> Array:
+        return lax.rem(self.used + i, self.options.tuning.stages)
+
+    def _when_wide(self, action: Callable[[], None]) -> None:
+        pl.when(jnp.logical_not(self.piece.narrow))(action)
+
+    def skip(self) -> None:
+        """Without rows in the piece: gives back its stages as soon as they are there."""
+
+        def body(i: Array, _: None) -> None:
+            stage = self._stage(i)
+            for full, free in ((self.smem.k_full, self.smem.k_free), (self.smem.v_full, self.smem.v_free)):
+                plgpu.barrier_wait(full.at[stage])
+                plgpu.barrier_arrive(free.at[stage])
+
+        lax.fori_loop(0, self.piece.num_steps, body, None)
+
+    def attend(self, packed, wide, partial, lse) -> None:
+        """From queries to results."""
+        self._load_queries(packed)
+        out = plgpu.layout_cast(jnp.zeros((_ROWS, packed.shape[-1]), jnp.float32), plgpu.Layout.WGMMA)
+        best = plgpu.layout_cast(jnp.full((_ROWS,), _UNSEEN, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+        total = plgpu.layout_cast(jnp.zeros((_ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+        pl.when(self.warpgroup == 1)(self._pass_turn)  # the second starts when the first has its scores under way
+        out, best, total = lax.fori_loop(0, self.piece.num_steps, self._step, (out, best, total))
+        pl.when(self.warpgroup == 0)(self._pass_turn)
+        out = out * _across(1 / total, out)
+        pl.when(self.piece.narrow)(lambda: self._store_partial(out, best + jnp.log2(total), partial, lse))
+        self._when_wide(lambda: self._store_wide(out, wide))
+
+    def _load_queries(self, packed) -> None:
+        row = pl.multiple_of(self.piece.query_row + self._row, schedule.ROW_ALIGNMENT)
+        arrived = self.smem.q_full.at[self.warpgroup]
+        plgpu.copy_gmem_to_smem(packed.at[self.piece.kv_head, pl.ds(row, _ROWS)], self._q, arrived)
+        plgpu.barrier_wait(arrived)
+
+    def _step(self, i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        """One stage of K and V, with the online softmax (arXiv 1805.02867) in base 2, as the hardware has it."""
+        out, best, total = carry
+        stage, first_key = self._stage(i), (self.piece.first_step + i) * self.options.tuning.step_keys
+        k, v = self.smem.k_ring.at[stage], self.smem.v_ring.at[stage]
+        plgpu.barrier_wait(self.smem.k_full.at[stage])
+        scores = self._multiply_keys(k)
+        plgpu.barrier_arrive(self.smem.k_free.at[stage])
+        scores = lax.cond(self._rows_differ(first_key), lambda s: self._mask(s, first_key), lambda s: s, scores)
+        to_base_2 = self.options.scale * _LOG2_E
+        new_best = jnp.maximum(best, scores.max(axis=1) * to_base_2)
+        weights = jnp.exp2(scores * to_base_2 - _across(new_best, scores))
+        shrink = jnp.exp2(best - new_best)
+        total = total * shrink + weights.sum(axis=1)
+        out = out * _across(shrink, out)
+        plgpu.barrier_wait(self.smem.v_full.at[stage])
+        unseen = self._has_unseen(first_key)
+        pl.when(unseen)(lambda: self._clean(v, first_key))
+        self._arrive_for_turn()
+        self._await_turn()
+        pl.when(unseen)(lambda: self._when_wide(lambda: plgpu.barrier_wait(self.smem.v_cleaned)))
+        out = self._add_values(out, weights.astype(v.dtype), v)
+        plgpu.barrier_arrive(self.smem.v_free.at[stage])
+        return out, new_best, total
+
+    def _arrive_for_turn(self) -> None:
+        if self.options.tuning.take_turns:
+            self._when_wide(lambda: plgpu.barrier_arrive(self.smem.turn))
+
+    def _await_turn(self) -> None:
+        if self.options.tuning.take_turns:
+            self._when_wide(lambda: plgpu.barrier_wait(self.smem.turn))
+
+    def _pass_turn(self) -> None:
+        self._arrive_for_turn()
+        self._await_turn()
+
+    def _multiply_keys(self, k) -> Array:
+        """``Q K^T``, f32[64, step_keys]. The turn passes to the other consumer while the product is under way."""
+        if self.options.emulate_wgmma:
+            product = jnp.dot(self._q[...], k[...].T, preferred_element_type=jnp.float32)
+            plgpu.commit_smem()  # these were ordinary reads; those of WGMMA need no fence before the next TMA copy
+            self._pass_turn()
             return product
 
         def multiply(accumulator) -> Array:
-            plgpu.wgmma(accumulator, q, k.transpose((1, 0)))
+            plgpu.wgmma(accumulator, self._q, k.transpose((1, 0)))
+            self._pass_turn()
             return accumulator[...]
 
-        return pl.run_scoped(multiply, plgpu.ACC((_ROWS, self.tuning.step_keys), jnp.float32))
+        return pl.run_scoped(multiply, plgpu.ACC((_ROWS, self.options.tuning.step_keys), jnp.float32))
 
-    def add_values(self, out: Array, weights: Array, v) -> Array:
-        """``out + P V``, f32[64, D]; the weights in registers, V in shared memory."""
-        weights = weights.astype(v.dtype)
-        if self.emulate_wgmma:
+    def _add_values(self, out: Array, weights: Array, v) -> Array:
+        """``out + P V``, f32[64, D]: P in registers, V in shared memory."""
+        if self.options.emulate_wgmma:
             out = out + jnp.dot(weights, v[...], preferred_element_type=jnp.float32)
             plgpu.commit_smem()
             return out
         accumulator: Any = plgpu.ACC.init(out)
         return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, weights, v))(accumulator)
 
+    def _rows_differ(self, first_key: Array) -> Array:
+        """Whether some row does not see some key of the step."""
+        heads, first_row = self.options.heads_per_kv, self.piece.position + self._row
+        differ = first_key + self.options.tuning.step_keys - 1 > lax.div(first_row, heads)
+        if self.options.window is None:
+            return differ
+        return differ | (first_key <= lax.div(first_row + _ROWS - 1, heads) - self.options.window)
 
-def _attend_piece(
-    smem: _Scratch, packed, wide, partial, lse, program: _Program, warpgroup: Array, piece: _Piece, used: Array
-) -> None:
-    """A consumer's 64 rows of a piece."""
-    tuning, step_keys = program.tuning, program.tuning.step_keys
-    q_smem, head_dim = smem.q_smem.at[warpgroup], packed.shape[-1]
-    row = jnp.where(piece.narrow, 0, warpgroup * _ROWS)
-    query_row = pl.multiple_of(piece.query_row + row, schedule.ROW_ALIGNMENT)
-    plgpu.copy_gmem_to_smem(packed.at[piece.kv_head, pl.ds(query_row, _ROWS)], q_smem, smem.q_full.at[warpgroup])
-    plgpu.barrier_wait(smem.q_full.at[warpgroup])
-    first_position = lax.div(piece.position + row, program.heads_per_kv)
-    last_position = lax.div(piece.position + row + _ROWS - 1, program.heads_per_kv)
-
-    def mask(scores: Array, first_key: Array) -> Array:
-        # Positions and keys relative to the first key of the step.
+    def _mask(self, scores: Array, first_key: Array) -> Array:
+        """Scores of keys out of a row's sight set to `_UNSEEN`."""
+        heads = self.options.heads_per_kv
         rows = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=plgpu.Layout.WGMMA)
         keys = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
-        positions = lax.div(rows + piece.position + row, program.heads_per_kv) - first_key
-        visible = keys <= positions
-        if program.window is not None:
-            visible &= keys > positions - program.window
+        # key <= row // heads, without a division: key * heads <= row.
+        rows += self.piece.position + self._row - first_key * heads
+        visible = keys * heads <= rows
+        if self.options.window is not None:
+            visible &= (keys + self.options.window) * heads > rows
         return jnp.where(visible, scores, _UNSEEN)
 
-    def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        out, best, total = carry
-        stage, first_key = _stage(used + i, tuning), (piece.first_step + i) * step_keys
-        plgpu.barrier_wait(smem.k_full.at[stage])
-        scores = program.scores(q_smem, smem.k_ring.at[stage])
-        plgpu.barrier_arrive(smem.k_free.at[stage])
-        differs = first_key + step_keys - 1 > first_position
-        if program.window is not None:
-            differs |= first_key <= last_position - program.window
-        scores = lax.cond(differs, lambda s: mask(s, first_key), lambda s: s, scores)
-        scores = scores * (program.scale * _LOG2_E)
-        new_best = jnp.maximum(best, scores.max(axis=1))
-        weights = jnp.exp2(scores - _across(new_best, scores))
-        shrink = jnp.exp2(best - new_best)
-        total = total * shrink + weights.sum(axis=1)
-        out = out * _across(shrink, out)
-        plgpu.barrier_wait(smem.v_full.at[stage])
-        _clean_values(smem, program, warpgroup, piece, stage, first_key)
-        out = program.add_values(out, weights, smem.v_ring.at[stage])
-        plgpu.barrier_arrive(smem.v_free.at[stage])
-        return out, new_best, total
+    def _has_unseen(self, first_key: Array) -> Array:
+        """Whether the step has keys that no row of the piece sees."""
+        unseen = first_key + self.options.tuning.step_keys > self.piece.end_key
+        return unseen if self.options.window is None else unseen | (first_key < self.piece.first_key)
 
-    zeros = plgpu.layout_cast(jnp.zeros((_ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA)
-    best = plgpu.layout_cast(jnp.full((_ROWS,), _UNSEEN, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
-    total = plgpu.layout_cast(jnp.zeros((_ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
-    out, best, total = lax.fori_loop(0, piece.num_steps, body, (zeros, best, total))
-    out = out / _across(total, out)
+    def _clean(self, v, first_key: Array) -> None:
+        """Sets rows of V that no row of the piece sees to zero; both consumers do their share where both read it."""
+        keys = plgpu.broadcasted_iota(jnp.int32, (_ROWS, v.shape[-1]), 0, layout=plgpu.Layout.WGMMA) + first_key
+        for share in range(self.options.tuning.step_keys // _ROWS):
+            first_row = share * _ROWS
 
-    @pl.when(piece.narrow)
-    def _():
-        smem.partial_smem[...] = out
-        smem.lse_smem[...] = best + jnp.log2(total)
-        plgpu.commit_smem()
-        rows = pl.ds(0, partial.shape[2])
-        plgpu.copy_smem_to_gmem(smem.partial_smem.at[rows], partial.at[piece.kv_head, piece.result])
-        plgpu.copy_smem_to_gmem(smem.lse_smem.at[rows], lse.at[piece.kv_head, piece.result])
-        plgpu.wait_smem_to_gmem(0)
-
-    @pl.when(jnp.logical_not(piece.narrow))
-    def _():
-        q_smem[...] = out.astype(q_smem.dtype)
-        plgpu.commit_smem()
-        result_row = pl.multiple_of(piece.result * WIDE_ROWS + row, _ROWS)
-        plgpu.copy_smem_to_gmem(q_smem, wide.at[piece.kv_head, pl.ds(result_row, _ROWS)])
-        plgpu.wait_smem_to_gmem(0)
-
-
-def _clean_values(
-    smem: _Scratch, program: _Program, warpgroup: Array, piece: _Piece, stage: Array, first_key: Array
-) -> None:
-    """Sets rows of V to zero that no row of the piece sees; the consumers share the work where both need it."""
-    step_keys, head_dim = program.tuning.step_keys, smem.v_ring.shape[-1]
-    dirty = first_key + step_keys > piece.end_key
-    if program.window is not None:
-        dirty |= first_key < piece.first_key
-
-    @pl.when(dirty)
-    def _():
-        for part in range(step_keys // _ROWS):
-
-            @pl.when(piece.narrow | (warpgroup == part % _CONSUMERS))
-            def _(part=part):
-                rows = smem.v_ring.at[stage, pl.ds(part * _ROWS, _ROWS)]
-                keys = plgpu.broadcasted_iota(jnp.int32, (_ROWS, head_dim), 0, layout=plgpu.Layout.WGMMA)
-                keys += first_key + part * _ROWS
-                seen = (keys >= piece.first_key) & (keys < piece.end_key)
+            @pl.when(self.piece.narrow | (self.warpgroup == share % _CONSUMERS))
+            def _(first_row=first_row):
+                rows = v.at[pl.ds(first_row, _ROWS)]
+                seen = (keys + first_row >= self.piece.first_key) & (keys + first_row < self.piece.end_key)
                 values = plgpu.layout_cast(rows[...], plgpu.Layout.WGMMA)
                 rows[...] = jnp.where(seen, values, jnp.zeros_like(values))
 
         plgpu.commit_smem()
+        self._when_wide(lambda: plgpu.barrier_arrive(self.smem.v_cleaned))
 
-        @pl.when(jnp.logical_not(piece.narrow))
-        def _():
-            plgpu.barrier_arrive(smem.v_cleaned)
-            plgpu.barrier_wait(smem.v_cleaned)
+    def _store_partial(self, out: Array, out_lse: Array, partial, lse) -> None:
+        self.smem.partial_smem[...] = out
+        self.smem.lse_smem[...] = out_lse
+        plgpu.commit_smem()
+        rows = pl.ds(0, partial.shape[2])
+        plgpu.copy_smem_to_gmem(self.smem.partial_smem.at[rows], partial.at[self.piece.kv_head, self.piece.result])
+        plgpu.copy_smem_to_gmem(self.smem.lse_smem.at[rows], lse.at[self.piece.kv_head, self.piece.result])
+        plgpu.wait_smem_to_gmem(0)
+
+    def _store_wide(self, out: Array, wide) -> None:
+        self._q[...] = out.astype(wide.dtype)
+        plgpu.commit_smem()
+        row = pl.multiple_of(self.piece.result * WIDE_ROWS + self._row, _ROWS)
+        plgpu.copy_smem_to_gmem(self._q, wide.at[self.piece.kv_head, pl.ds(row, _ROWS)])
+        plgpu.wait_smem_to_gmem(0)
 
 
 def _across(rows: Array, like: Array) -> Array:
