@@ -1,5 +1,6 @@
 """Named batches, once for tests, benchmarks and tuning."""
 
+import collections
 import dataclasses
 
 import numpy as np
@@ -27,6 +28,37 @@ class Case:
     def num_decodes(self) -> int:
         return next((i for i, (length, _) in enumerate(self.chunks) if length > 1), len(self.chunks))
 
+    @property
+    def size(self) -> "Size":
+        """The smallest batch that holds the case with its padding."""
+        blocks = [-(-kv_len // self.block_size) for _, kv_len in self.chunks]
+        return Size(
+            num_tokens=sum(length for length, _ in self.chunks) + self.padding,
+            num_sequences=len(self.chunks) + self.spare_sequences,
+            max_blocks=max(blocks, default=0) + 1,
+            num_blocks=sum(blocks) + 2,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """The dimensions that a compiled program fixes and a batch fills as far as it goes.
+
+    Attributes:
+      num_tokens, num_sequences: T and S.
+      max_blocks: P, blocks of a sequence.
+      num_blocks: N, blocks of the cache.
+    """
+
+    num_tokens: int
+    num_sequences: int
+    max_blocks: int
+    num_blocks: int
+
+    def __or__(self, other: "Size") -> "Size":
+        """The smallest that holds both."""
+        return Size(*map(max, dataclasses.astuple(self), dataclasses.astuple(other)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
@@ -44,16 +76,22 @@ class Batch:
     num_chunks: np.ndarray
 
 
-def build(case: Case, seed: int = 0, poison: float = np.nan) -> Batch:
-    """Draws a batch: random blocks in random order, everything that no row may see set to `poison`."""
+def build(case: Case, seed: int = 0, poison: float = np.nan, size: Size | None = None) -> Batch:
+    """Draws a batch: random blocks in random order, everything that no row may see set to `poison`.
+
+    Args:
+      case: what is in it.
+      seed: of the values and of the blocks' order.
+      poison: stands in the cache wherever no row may look.
+      size: of the arrays; None: as small as the case allows. Cases of equal shapes can share a compiled program.
+    """
+    size = case.size if size is None else size | case.size
     rng = np.random.default_rng(seed)
-    lengths = [length for length, _ in case.chunks]
     kv_lens = [kv_len for _, kv_len in case.chunks]
-    tokens, sequences = sum(lengths) + case.padding, len(case.chunks) + case.spare_sequences
+    tokens, sequences, num_blocks = size.num_tokens, size.num_sequences, size.num_blocks
     per_sequence = [-(-kv_len // case.block_size) for kv_len in kv_lens]
-    num_blocks = sum(per_sequence) + 2
     ids = iter(rng.permutation(num_blocks))
-    tables = np.zeros((sequences, max(per_sequence, default=0) + 1), np.int32)
+    tables = np.zeros((sequences, size.max_blocks), np.int32)
     shape = (num_blocks, case.kv_heads, case.block_size, case.head_dim)
     k_cache, v_cache = np.full(shape, poison, np.float32), np.full(shape, poison, np.float32)
     writes = np.full(tokens, num_blocks * case.block_size, np.int32)
@@ -77,7 +115,7 @@ def build(case: Case, seed: int = 0, poison: float = np.nan) -> Batch:
         kv_cache=(k_cache, v_cache),
         write_indices=writes,
         chunk_starts=starts,
-        kv_lens=np.asarray(kv_lens + [0] * case.spare_sequences, np.int32),
+        kv_lens=np.asarray(kv_lens + [0] * (sequences - len(kv_lens)), np.int32),
         block_tables=tables,
         num_decodes=np.asarray(case.num_decodes, np.int32),
         num_chunks=np.asarray(len(case.chunks), np.int32),
@@ -85,25 +123,70 @@ def build(case: Case, seed: int = 0, poison: float = np.nan) -> Batch:
 
 
 CASES: dict[str, Case] = {
+    # One sequence.
     "one_token": Case(((1, 1),)),
     "one_decode": Case(((1, 50),)),
-    "decodes": Case(((1, 1), (1, 16), (1, 17), (1, 100), (1, 33))),
+    "one_row": Case(((1, 37),), padding=0, spare_sequences=0),
     "one_prefill": Case(((40, 40),)),
-    "tile_and_one": Case(((65, 65),)),
+    "two_tokens": Case(((2, 2),)),
     "second_chunk": Case(((30, 75),)),
+    "starts_on_block": Case(((20, 52),)),
+    "fills_block": Case(((10, 32),)),
+    "tile": Case(((64, 64),)),
+    "tile_and_one": Case(((65, 65),)),
+    "two_tiles_later": Case(((128, 300),)),
+    "one_token_into_block": Case(((16, 49),)),
+    # Several of a kind.
+    "decodes": Case(((1, 1), (1, 16), (1, 17), (1, 100), (1, 33))),
+    "decodes_at_block_edges": Case(((1, 15), (1, 16), (1, 17), (1, 31), (1, 32), (1, 33), (1, 48))),
+    "first_tokens": Case(((1, 1), (1, 1), (1, 1))),
+    "long_and_short_decodes": Case(((1, 600), (1, 1), (1, 599), (1, 2))),
+    "equal_decodes": Case(tuple((1, 64) for _ in range(8))),
     "ends_on_block": Case(((16, 32), (16, 16))),
-    "mixed_3d_2p": Case(((1, 40), (1, 7), (1, 129), (70, 70), (20, 90))),
     "many_short_prefills": Case(((2, 2), (3, 3), (5, 5), (7, 30))),
+    "many_short_chunks": Case(tuple((2, 20 + i) for i in range(8))),
+    # Mixed.
+    "mixed_3d_2p": Case(((1, 40), (1, 7), (1, 129), (70, 70), (20, 90))),
+    "one_decode_one_prefill": Case(((1, 80), (90, 90))),
+    "seven_decodes_one_chunk": Case((*((1, 10 * i + 5) for i in range(7)), (50, 150))),
+    "last_token_of_prompt": Case(((1, 9), (5, 12), (1, 40))),
     "long_context": Case(((1, 600), (33, 530))),
+    # Padding.
+    "no_padding": Case(((1, 9), (6, 20)), padding=0, spare_sequences=0),
+    "much_padding": Case(((1, 20), (6, 20)), padding=60, spare_sequences=5),
+    "only_padding": Case((), padding=4),
+    # Windows.
     "window": Case(((1, 100), (1, 10), (40, 90)), window=24),
+    "window_decodes": Case(((1, 24), (1, 25), (1, 48), (1, 49), (1, 200)), window=24),
+    "window_not_reached": Case(((1, 10), (12, 20)), window=24),
+    "window_within_chunk": Case(((90, 90), (33, 133)), window=24),
     "window_long": Case(((1, 700), (80, 600)), window=300),
     "window_of_one": Case(((1, 20), (9, 9)), window=1),
+    # Heads.
     "mha": Case(((1, 20), (12, 30)), heads=4, kv_heads=4),
     "mqa": Case(((1, 20), (12, 30)), heads=8, kv_heads=1),
+    "mqa_71": Case(((1, 40), (20, 50)), heads=71, kv_heads=1),
+    "gqa_7": Case(((1, 65), (30, 60)), heads=14, kv_heads=2, head_dim=128),
     "gqa_8": Case(((1, 65), (70, 130)), heads=16, kv_heads=2, head_dim=128),
+    "gqa_8_decodes": Case(((1, 65), (1, 130), (1, 2)), heads=16, kv_heads=2, head_dim=128),
+    "gqa_29_window": Case(((1, 65), (30, 60)), heads=29, kv_heads=1, window=40, block_size=32),
+    # Blocks.
     "block_32": Case(((1, 65), (40, 100)), block_size=32),
-    "block_64": Case(((1, 65), (40, 100)), block_size=64),
+    "block_32_edges": Case(((1, 32), (1, 33), (32, 64), (31, 95)), block_size=32),
+    "block_64": Case(((1, 65), (40, 100)), head_dim=128, block_size=64),
+    "block_64_edges": Case(((1, 64), (1, 128), (1, 129), (64, 64)), head_dim=128, block_size=64),
     "block_128": Case(((1, 130), (40, 300)), block_size=128),
-    "no_padding": Case(((1, 9), (6, 20)), padding=0, spare_sequences=0),
-    "only_padding": Case((), padding=4),
+    "block_128_short": Case(((1, 3), (1, 128), (10, 20)), block_size=128),
 }
+
+
+def groups() -> dict[str, list[str]]:
+    """Names of the cases that can share a compiled program once padded to one `Size`, by the first of them.
+
+    Cases without padding keep their own size.
+    """
+    by_shape = collections.defaultdict(list)
+    for name, case in CASES.items():
+        own = case.chunks if case.padding == 0 else ()
+        by_shape[dataclasses.replace(case, chunks=own, padding=0, spare_sequences=0)].append(name)
+    return {names[0]: names for names in by_shape.values()}

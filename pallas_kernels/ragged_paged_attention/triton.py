@@ -25,7 +25,7 @@ from pallas_kernels.ragged_paged_attention.work import Tiles, decode_tiles, pref
 
 HEAD_DIMS = (64, 128)
 BLOCK_SIZES = (16, 32, 64, 128)
-DTYPES = ("bfloat16", "float32")
+DTYPES = ("float32", "bfloat16")
 
 _MASKED = -1e30  # finite: a tile of keys without a visible one must not make inf - inf
 _MIN_ROWS = 16  # of a product on tensor cores

@@ -1,7 +1,7 @@
 """How a mixed batch is cut into pieces of fixed number and size, on the device and before a kernel: plain jnp.
 
-A decode is a tile of one row: chunk s is row s. The other chunks are cut into tiles of `tile_rows` rows; as many tiles as the
-worst batch of the bucket needs are always there, and those that this batch does not need have no rows.
+A decode is a tile of one row: chunk s is row s. The other chunks are cut into tiles of `tile_rows` rows; as many tiles
+as the worst batch of the bucket needs are always there, and those that this batch does not need have no rows.
 
     tile    0            1      | 2      3
     chunk   3 (100 tokens)      | 4      -          tile_rows = 64
