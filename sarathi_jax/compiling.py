@@ -1,6 +1,7 @@
 """XLA's compilations: kept on disk between runs, and counted."""
 
 import os
+import weakref
 from pathlib import Path
 
 import jax
@@ -9,18 +10,20 @@ _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 class CompileCounter:
-    """Counts the programs that this process compiles or takes from the compile cache, from now on."""
+    """Counts the programs that this process compiles or takes from the compile cache, for as long as it lives."""
 
     def __init__(self):
         self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+        # JAX keeps its listeners for ever: this one must neither keep the counter alive nor outlive it.
+        this = weakref.ref(self)
 
-    def close(self) -> None:
-        """Stops counting."""
-        jax.monitoring.unregister_event_duration_listener(self._on_event)
+        def on_event(event: str, duration_secs: float, **kwargs: str | int) -> None:
+            counter = this()
+            if counter is not None and event == _COMPILE_EVENT:
+                counter.count += 1
 
-    def _on_event(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        self.count += event == _COMPILE_EVENT
+        jax.monitoring.register_event_duration_secs_listener(on_event)
+        weakref.finalize(self, jax.monitoring.unregister_event_duration_listener, on_event)
 
 
 def use_compile_cache(directory: Path | None = None) -> Path:

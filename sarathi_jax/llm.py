@@ -112,8 +112,6 @@ class LLM:
     def close(self) -> None:
         """Frees the weights and the cache; safe to call twice."""
         self._engine = None
-        if self._runner is not None:
-            self._runner.close()
         self._runner = None
 
     @property

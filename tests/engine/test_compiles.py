@@ -1,12 +1,15 @@
 """Every program is compiled before the first request, and updates the cache in place."""
 
+import gc
 import logging
+import weakref
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sarathi_jax.compiling import CompileCounter
 from sarathi_jax.kv.cache import block_bytes
 from sarathi_jax.request import SamplingParams
 from tests.engine.serving import NUM_BLOCKS, VOCAB_SIZE, Served, greedy, prompt_of
@@ -129,3 +132,13 @@ def test_cache_stays_where_it_is(decoder: Served):
     before = addresses()
     decoder.bench().run([(prompt_of(40), greedy(max_tokens=5))])
     assert addresses() == before
+
+
+def test_a_counter_leaves_nothing_behind():
+    counter = CompileCounter()
+    jax.jit(lambda x: x * 5 - 2)(jnp.zeros(4))
+    assert counter.count >= 1
+    watched = weakref.ref(counter)
+    del counter
+    gc.collect()
+    assert watched() is None
