@@ -85,7 +85,16 @@ class StepProgram:
         return self._num_rows, self._cache.max_model_len + 1
 
     def compile(self, bucket: int) -> jax.stages.Compiled:
-        """Compiles the step of a bucket from shapes alone; cache and history are donated, so updated in place."""
+        """Compiles the step of a bucket from shapes alone."""
+        return self.trace(bucket).lower().compile()
+
+    def trace(self, bucket: int, sharding: jax.sharding.Sharding | None = None) -> jax.stages.Traced:
+        """Traces the step of a bucket from shapes alone; cache and history are donated, so updated in place.
+
+        Args:
+          bucket: one of `layouts`.
+          sharding: of every argument, for a device that is not the default one, or not there at all.
+        """
         layout = self.layouts[bucket]
 
         def step(params, cache, history, buffer, sampling):
@@ -97,7 +106,10 @@ class StepProgram:
         history = jax.ShapeDtypeStruct(self.history_shape, jnp.int32)
         buffer = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
         sampling = SamplingTable(self._num_rows, self._model.vocab_size).arrays()
-        return jax.jit(step, donate_argnums=(1, 2)).lower(params, cache, history, buffer, sampling).compile()
+        arguments = params, cache, history, buffer, sampling
+        if sharding is not None:
+            arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
+        return jax.jit(step, donate_argnums=(1, 2)).trace(*arguments)
 
     def _step(
         self,
