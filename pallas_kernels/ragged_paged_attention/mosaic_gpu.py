@@ -142,32 +142,37 @@ def write_kv(
 ) -> tuple[Array, Array]:
     """Stores each new key and value at its slot, in the memory of the cache given; slots outside are dropped.
 
-    One program a token: its rows come to shared memory by one TMA copy and leave by another, all heads at once.
+    A program takes some tokens: they come to shared memory by one TMA copy and leave by one each, all heads at once.
     """
     num_tokens, num_heads, head_dim = k_new.shape
     num_blocks, _, block_size, _ = kv_cache[0].shape
     dtype = kv_cache[0].dtype
+    # Few enough to fit, many enough that programs are not many more than multiprocessors.
+    rows = max(1, min(8, num_tokens, 2**14 // (num_heads * head_dim)))
 
-    def kernel(indices, k_new, v_new, k_cache, v_cache, k_row, v_row, arrived):
-        token = lax.axis_index("token")
-        slot = indices[token]
-        block, offset = lax.div(slot, block_size), lax.rem(slot, block_size)
+    def kernel(slots, k_new, v_new, k_cache, v_cache, k_rows, v_rows, arrived):
+        wanted = lax.axis_index("program") * rows
+        first = jnp.minimum(wanted, num_tokens - rows)  # the last program has some tokens that are not its own
+        plgpu.copy_gmem_to_smem(k_new.at[pl.ds(first, rows)], k_rows, arrived)
+        plgpu.copy_gmem_to_smem(v_new.at[pl.ds(first, rows)], v_rows, arrived)
+        plgpu.barrier_wait(arrived)
+        for row in range(rows):
+            slot = slots[first + row]
+            block, offset = lax.div(slot, block_size), lax.rem(slot, block_size)
 
-        @pl.when(slot < num_blocks * block_size)
-        def _():
-            plgpu.copy_gmem_to_smem(k_new.at[token], k_row, arrived)
-            plgpu.copy_gmem_to_smem(v_new.at[token], v_row, arrived)
-            plgpu.barrier_wait(arrived)
-            plgpu.copy_smem_to_gmem(k_row, k_cache.at[block, :, offset])
-            plgpu.copy_smem_to_gmem(v_row, v_cache.at[block, :, offset])
-            plgpu.wait_smem_to_gmem(0)
+            @pl.when((first + row >= wanted) & (slot < num_blocks * block_size))
+            def _(row=row, block=block, offset=offset):
+                plgpu.copy_smem_to_gmem(k_rows.at[row], k_cache.at[block, :, offset])
+                plgpu.copy_smem_to_gmem(v_rows.at[row], v_cache.at[block, :, offset])
 
-    row = plgpu.SMEM((num_heads, head_dim), dtype)
+        plgpu.wait_smem_to_gmem(0)
+
+    memory = plgpu.SMEM((rows, num_heads, head_dim), dtype)
     write = plgpu.kernel(
         kernel,
-        scratch_types=[row, row, plgpu.Barrier(num_arrivals=2)],
-        grid=(num_tokens,),
-        grid_names=("token",),
+        scratch_types=[memory, memory, plgpu.Barrier(num_arrivals=2)],
+        grid=(pl.cdiv(num_tokens, rows),),
+        grid_names=("program",),
         interpret=None if interpret is False else interpret,
         kernel_name="write_kv",
     )
@@ -296,36 +301,55 @@ class _Scratch:
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """What one piece reads and writes, all scalars: see `schedule.Schedule`. Steps begin at multiples of their size."""
+    """What every warpgroup knows of a piece, all scalars. Steps begin at multiples of their size.
 
+    Attributes:
+      column: of the piece in `schedule.Schedule.pieces`.
+      kv_head: neighbouring indices are the KV heads of a column.
+      narrow, first_key, end_key: from there.
+      first_step, num_steps: to take.
+    """
+
+    column: Array
     kv_head: Array
     narrow: Array
-    sequence: Array
-    query_row: Array
-    position: Array
     first_key: Array
     end_key: Array
-    result: Array
     first_step: Array
     num_steps: Array
 
 
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """What only a consumer knows of its piece: see `schedule.Schedule`."""
+
+    query: Array
+    position: Array
+    result: Array
+
+
 def _read_piece(pieces, index: Array, kv_heads: int, step_keys: int) -> _Piece:
-    """Neighbouring indices are the KV heads of a piece."""
     column = lax.div(index, kv_heads)
     first_key, end_key = pieces[schedule.FIRST_KEY, column], pieces[schedule.END_KEY, column]
     first_step = lax.div(first_key, step_keys)
     return _Piece(
+        column=column,
         kv_head=lax.rem(index, kv_heads),
         narrow=pieces[schedule.NARROW, column] == 1,
-        sequence=pieces[schedule.SEQUENCE, column],
-        query_row=pieces[schedule.QUERY_ROW, column],
-        position=pieces[schedule.POSITION, column],
         first_key=first_key,
         end_key=end_key,
-        result=pieces[schedule.RESULT, column],
         first_step=first_step,
         num_steps=lax.div(end_key + step_keys - 1, step_keys) - first_step,
+    )
+
+
+def _read_rows(pieces, column: Array, warpgroup: Array, narrow: Array) -> _Rows:
+    """The 64 rows of a warpgroup."""
+    offset = jnp.where(narrow, 0, warpgroup * _ROWS)
+    return _Rows(
+        query=pieces[schedule.QUERY_ROW, column] + offset,
+        position=pieces[schedule.POSITION, column] + offset,
+        result=pieces[schedule.RESULT, column],
     )
 
 
@@ -351,7 +375,7 @@ def _kernel(
     @pl.when(warpgroup == _PRODUCER)
     def _():
         plgpu.set_max_registers(tuning.producer_registers, action="decrease")
-        used = for_each_piece(functools.partial(_load_piece, smem, tables, k_cache, v_cache, tuning))
+        used = for_each_piece(functools.partial(_load_piece, smem, pieces, tables, k_cache, v_cache, tuning))
         # A program ends when its last stages have been given back.
         lax.fori_loop(jnp.maximum(used - tuning.stages, 0), used, functools.partial(_await_free, smem, tuning), None)
 
@@ -359,11 +383,14 @@ def _kernel(
     def _():
         plgpu.set_max_registers(tuning.consumer_registers, action="increase")
 
+        def attend(piece: _Piece, used: Array) -> None:
+            rows = _read_rows(pieces, piece.column, warpgroup, piece.narrow)
+            _Consumer(options, smem, warpgroup, piece, rows, used).attend(packed, wide, partial, lse)
+
         def work(piece: _Piece, used: Array) -> None:
-            consumer = _Consumer(options, smem, warpgroup, piece, used)
             idle = piece.narrow & (warpgroup != 0)
-            pl.when(idle)(consumer.skip)
-            pl.when(jnp.logical_not(idle))(lambda: consumer.attend(packed, wide, partial, lse))
+            pl.when(idle)(lambda: _skip_piece(smem, tuning, piece, used))
+            pl.when(jnp.logical_not(idle))(lambda: attend(piece, used))
 
         for_each_piece(work)
 
@@ -374,17 +401,18 @@ def _await_free(smem: _Scratch, tuning: Tuning, index: Array, _: None) -> None:
     plgpu.barrier_wait(smem.v_free.at[stage])
 
 
-def _load_piece(smem: _Scratch, tables, k_cache, v_cache, tuning: Tuning, piece: _Piece, used: Array) -> None:
+def _load_piece(smem: _Scratch, pieces, tables, k_cache, v_cache, tuning: Tuning, piece: _Piece, used: Array) -> None:
     """The producer: one TMA copy for each block of K and of V, or for a step's part of a larger block."""
     block_size = k_cache.shape[2]
     rows = min(block_size, tuning.step_keys)
     copies = tuning.step_keys // rows
+    sequence = pieces[schedule.SEQUENCE, piece.column]
     first_block, last_block = lax.div(piece.first_key, block_size), lax.div(piece.end_key - 1, block_size)
 
     def read_blocks(step: Array) -> list[Array]:
         # A block that no row sees is replaced by one that is read anyway: each stage takes the same number of copies.
         blocks = [lax.div(step * tuning.step_keys + i * rows, block_size) for i in range(copies)]
-        return [tables[piece.sequence, jnp.clip(block, first_block, last_block)] for block in blocks]
+        return [tables[sequence, jnp.clip(block, first_block, last_block)] for block in blocks]
 
     def load(cache, ring, full, step: Array, blocks: list[Array]) -> None:
         offset = pl.multiple_of(lax.rem(step * tuning.step_keys, block_size), rows) if rows < block_size else 0
@@ -404,6 +432,18 @@ def _load_piece(smem: _Scratch, tables, k_cache, v_cache, tuning: Tuning, piece:
     lax.fori_loop(0, piece.num_steps, body, read_blocks(piece.first_step))
 
 
+def _skip_piece(smem: _Scratch, tuning: Tuning, piece: _Piece, used: Array) -> None:
+    """A consumer without rows in the piece: it gives back the stages as soon as they are there."""
+
+    def body(i: Array, _: None) -> None:
+        stage = lax.rem(used + i, tuning.stages)
+        for full, free in ((smem.k_full, smem.k_free), (smem.v_full, smem.v_free)):
+            plgpu.barrier_wait(full.at[stage])
+            plgpu.barrier_arrive(free.at[stage])
+
+    lax.fori_loop(0, piece.num_steps, body, None)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Consumer:
     """A consumer warpgroup and its 64 rows of a piece.
@@ -412,7 +452,7 @@ class _Consumer:
       options: the static side of the kernel.
       smem: shared memory and barriers.
       warpgroup: 0 or 1.
-      piece: what it works on.
+      piece, rows: what it works on.
       used: stages that earlier pieces used.
     """
 
@@ -420,33 +460,18 @@ class _Consumer:
     smem: _Scratch
     warpgroup: Array
     piece: _Piece
+    rows: _Rows
     used: Array
 
     @property
     def _q(self) -> Any:
         return self.smem.q_smem.at[self.warpgroup]
 
-    @property
-    def _row(self) -> Array:
-        """The first row in the piece."""
-        return jnp.where(self.piece.narrow, 0, self.warpgroup * _ROWS)
-
     def _stage(self, i: Array) -> Array:
         return lax.rem(self.used + i, self.options.tuning.stages)
 
     def _when_wide(self, action: Callable[[], None]) -> None:
         pl.when(jnp.logical_not(self.piece.narrow))(action)
-
-    def skip(self) -> None:
-        """Without rows in the piece: gives back its stages as soon as they are there."""
-
-        def body(i: Array, _: None) -> None:
-            stage = self._stage(i)
-            for full, free in ((self.smem.k_full, self.smem.k_free), (self.smem.v_full, self.smem.v_free)):
-                plgpu.barrier_wait(full.at[stage])
-                plgpu.barrier_arrive(free.at[stage])
-
-        lax.fori_loop(0, self.piece.num_steps, body, None)
 
     def attend(self, packed, wide, partial, lse) -> None:
         """From queries to results."""
@@ -462,7 +487,7 @@ class _Consumer:
         self._when_wide(lambda: self._store_wide(out, wide))
 
     def _load_queries(self, packed) -> None:
-        row = pl.multiple_of(self.piece.query_row + self._row, schedule.ROW_ALIGNMENT)
+        row = pl.multiple_of(self.rows.query, schedule.ROW_ALIGNMENT)
         arrived = self.smem.q_full.at[self.warpgroup]
         plgpu.copy_gmem_to_smem(packed.at[self.piece.kv_head, pl.ds(row, _ROWS)], self._q, arrived)
         plgpu.barrier_wait(arrived)
@@ -475,7 +500,8 @@ class _Consumer:
         plgpu.barrier_wait(self.smem.k_full.at[stage])
         scores = self._multiply_keys(k)
         plgpu.barrier_arrive(self.smem.k_free.at[stage])
-        scores = lax.cond(self._rows_differ(first_key), lambda s: self._mask(s, first_key), lambda s: s, scores)
+        offset = self.rows.position - first_key * self.options.heads_per_kv
+        scores = lax.cond(self._rows_differ(offset), lambda s: self._mask(s, offset), lambda s: s, scores)
         to_base_2 = self.options.scale * _LOG2_E
         new_best = jnp.maximum(best, scores.max(axis=1) * to_base_2)
         weights = jnp.exp2(scores * to_base_2 - _across(new_best, scores))
@@ -528,24 +554,23 @@ class _Consumer:
         accumulator: Any = plgpu.ACC.init(out)
         return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, weights, v))(accumulator)
 
-    def _rows_differ(self, first_key: Array) -> Array:
-        """Whether some row does not see some key of the step."""
-        heads, first_row = self.options.heads_per_kv, self.piece.position + self._row
-        differ = first_key + self.options.tuning.step_keys - 1 > lax.div(first_row, heads)
+    def _rows_differ(self, offset: Array) -> Array:
+        """Whether some row does not see some key of a step. `offset`: of row 0 from the first key, in rows."""
+        heads = self.options.heads_per_kv
+        differ = offset < (self.options.tuning.step_keys - 1) * heads
         if self.options.window is None:
             return differ
-        return differ | (first_key <= lax.div(first_row + _ROWS - 1, heads) - self.options.window)
+        return differ | (offset + _ROWS - 1 >= self.options.window * heads)
 
-    def _mask(self, scores: Array, first_key: Array) -> Array:
+    def _mask(self, scores: Array, offset: Array) -> Array:
         """Scores of keys out of a row's sight set to `_UNSEEN`."""
         heads = self.options.heads_per_kv
-        rows = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=plgpu.Layout.WGMMA)
-        keys = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
-        # key <= row // heads, without a division: key * heads <= row.
-        rows += self.piece.position + self._row - first_key * heads
-        visible = keys * heads <= rows
+        rows = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=plgpu.Layout.WGMMA) + offset
+        # Rows are heads of tokens: key <= row // heads, without a division.
+        keys = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA) * heads
+        visible = keys <= rows
         if self.options.window is not None:
-            visible &= (keys + self.options.window) * heads > rows
+            visible &= keys > rows - self.options.window * heads
         return jnp.where(visible, scores, _UNSEEN)
 
     def _has_unseen(self, first_key: Array) -> Array:
@@ -574,14 +599,14 @@ class _Consumer:
         self.smem.lse_smem[...] = out_lse
         plgpu.commit_smem()
         rows = pl.ds(0, partial.shape[2])
-        plgpu.copy_smem_to_gmem(self.smem.partial_smem.at[rows], partial.at[self.piece.kv_head, self.piece.result])
-        plgpu.copy_smem_to_gmem(self.smem.lse_smem.at[rows], lse.at[self.piece.kv_head, self.piece.result])
+        plgpu.copy_smem_to_gmem(self.smem.partial_smem.at[rows], partial.at[self.piece.kv_head, self.rows.result])
+        plgpu.copy_smem_to_gmem(self.smem.lse_smem.at[rows], lse.at[self.piece.kv_head, self.rows.result])
         plgpu.wait_smem_to_gmem(0)
 
     def _store_wide(self, out: Array, wide) -> None:
         self._q[...] = out.astype(wide.dtype)
         plgpu.commit_smem()
-        row = pl.multiple_of(self.piece.result * WIDE_ROWS + self._row, _ROWS)
+        row = pl.multiple_of(self.rows.result * WIDE_ROWS + self.warpgroup * _ROWS, _ROWS)
         plgpu.copy_smem_to_gmem(self._q, wide.at[self.piece.kv_head, pl.ds(row, _ROWS)])
         plgpu.wait_smem_to_gmem(0)
 
