@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.ragged_paged_attention import mosaic_gpu, triton, xla
+from pallas_kernels.ragged_paged_attention import mosaic_gpu, mosaic_tpu, triton, xla
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,13 @@ BACKENDS: dict[str, Backend] = {
         mosaic_gpu.HEAD_DIMS,
         mosaic_gpu.BLOCK_SIZES,
         mosaic_gpu.DTYPES,
+    ),
+    "mosaic_tpu": Backend(
+        mosaic_tpu.ragged_paged_attention,
+        "tpu",
+        mosaic_tpu.HEAD_DIMS,
+        mosaic_tpu.BLOCK_SIZES,
+        mosaic_tpu.DTYPES,
     ),
 }
 
