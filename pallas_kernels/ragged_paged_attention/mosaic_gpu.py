@@ -118,7 +118,7 @@ def ragged_paged_attention(
     num_tokens, heads, head_dim = q.shape
     kv_heads = kv_cache[0].shape[1]
     tuning = choose_tuning(head_dim, interpret) if tuning is None else tuning
-    interpret = plgpu.InterpretGPUParams() if interpret is True else interpret
+    interpret = plgpu.InterpretGPUParams(detect_races=True) if interpret is True else interpret
     bucket = Bucket(
         num_tokens=num_tokens,
         num_sequences=kv_lens.shape[0],
