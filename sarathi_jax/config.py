@@ -10,6 +10,8 @@ from typing import Literal
 
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
+Quantization = Literal["w8", "w8_fp8", "w8a8"]
+QUANTIZATIONS: tuple[Quantization, ...] = ("w8", "w8_fp8", "w8a8")
 
 
 class ConfigError(ValueError):
@@ -110,6 +112,9 @@ class EngineConfig:
       block_size: tokens of a KV-cache block.
       num_blocks: blocks of the KV cache; None: what memory allows, at most what `max_num_seqs` can use.
       memory_fraction: share of the free memory that the cache may take when `num_blocks` is None.
+      quantization: 8-bit weights in place of `dtype`'s, one scale an output channel, made while loading: ``w8`` (int8
+        weights, bfloat16 activations), ``w8_fp8`` (float8_e4m3fn weights) or ``w8a8`` (int8 weights and activations:
+        the fast one on CPU); None: weights as they are. Embedding, norms and biases keep `dtype`.
       attention_backend: one of `pallas_kernels.ragged_paged_attention.BACKENDS`.
       overlap: schedule step k+1 while step k runs.
       seed: where requests without a seed draw theirs from; None: from the operating system.
@@ -123,6 +128,7 @@ class EngineConfig:
     block_size: int = 32
     num_blocks: int | None = None
     memory_fraction: float = 0.9
+    quantization: Quantization | None = None
     attention_backend: str = "xla"
     overlap: bool = True
     seed: int | None = None
@@ -130,6 +136,8 @@ class EngineConfig:
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise ConfigError(f"quantization={self.quantization!r} is not one of {', '.join(QUANTIZATIONS)}")
         for name in ("max_num_seqs", "token_budget", "block_size"):
             if not _is_count(getattr(self, name)):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be a positive integer")

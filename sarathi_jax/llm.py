@@ -82,10 +82,11 @@ class LLM:
             dtype = "bfloat16" if is_yaml else stored_dtype(self._path, self.model_config)
         self.engine_config = EngineConfig(dtype=dtype, **config)
         self.tokenizer: Tokenizer | None = None if is_yaml else load_tokenizer(self._path)
+        quantization = self.engine_config.quantization
         if is_yaml:
-            params = random_parameters(self.model_config, dtype, seed=0)
+            params = random_parameters(self.model_config, dtype, 0, quantization)
         else:
-            params = load_parameters(self._path, self.model_config, dtype, progress=progress)
+            params = load_parameters(self._path, self.model_config, dtype, quantization=quantization, progress=progress)
         self.cache_config = plan_cache(self.model_config, self.engine_config)
         self._runner = Runner(self.model_config, params, self.engine_config, self.cache_config, progress)
         self._engine: Engine | None = build_engine(

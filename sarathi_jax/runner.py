@@ -73,7 +73,7 @@ class StepProgram:
         self._cache = cache
         self._num_rows = engine.max_running
         self._dtype = jnp.dtype(engine.dtype)
-        self._function = ModelFunction(model, self._dtype)
+        self._function = ModelFunction(model, self._dtype, engine.quantization)
         self._backend = engine.attention_backend
         self.layouts = {bucket: BatchLayout(bucket, engine.max_running, cache) for bucket in engine.buckets}
         # Flat leaves: handing a nested state to a compiled program costs more than a small step.
@@ -192,10 +192,6 @@ class Runner:
         self._cache = allocate_cache(model, cache, jnp.dtype(engine.dtype))
         self._history = jnp.zeros(program.history_shape, jnp.int32)
         self.num_late_compiles = 0
-
-    def close(self) -> None:
-        """Ends the watch for late compilations; call it once."""
-        self._compiles.close()
 
     def run(self, bucket: int, buffer: np.ndarray, sampling: SamplingParamsArrays) -> StepOutput:
         """Starts a step and returns at once. A compilation here is a bug: it is logged as an error and counted.

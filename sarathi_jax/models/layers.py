@@ -13,7 +13,9 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from sarathi_jax.config import ModelConfig, RopeConfig
+from pallas_kernels.one_row import one_row_matmul
+from pallas_kernels.quantized_matmul import Mode, quantized_matmul
+from sarathi_jax.config import ModelConfig, Quantization, RopeConfig
 
 LayerState = Any
 """What attention keeps for a layer: its blocks of the KV cache when serving, None when training."""
@@ -37,7 +39,7 @@ def product(x: jax.Array, weight: jax.Array) -> jax.Array:
     """
     x, flat = x.astype(weight.dtype), weight.reshape(-1, weight.shape[-1])
     if x.shape[0] == 1 and weight.dtype == jnp.bfloat16:
-        out = lax.platform_dependent(x, flat, cpu=_one_row_on_cpu, default=_dot)
+        out = lax.platform_dependent(x, flat, cpu=one_row_matmul, default=_dot)
     else:
         out = _dot(x, flat)
     return out.reshape(x.shape[0], *weight.shape[:-1])
@@ -48,26 +50,6 @@ def _dot(x: jax.Array, weight: jax.Array) -> jax.Array:
     return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
-_LANES = 32  # partial sums side by side: two of the widest vector registers
-_MOST_TERMS = 24  # of a partial sum; every term is code, which costs compile time
-
-
-def _one_row_on_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """One row of bfloat16 as partial sums in vector lanes: twice the pace of the dot, whose conversion is slow."""
-    out, width = weight.shape
-    groups = width // _LANES
-    terms = max((t for t in range(1, _MOST_TERMS + 1) if groups % t == 0), default=0)
-    if width % _LANES or terms < 4:
-        return _dot(jnp.concatenate([x, jnp.zeros_like(x)]), weight)[:1]
-    sums = groups // terms
-    x = x.astype(jnp.float32).reshape(sums, terms, _LANES)
-    weight = weight.reshape(out, sums, terms, _LANES)
-    partial = sum(weight[:, :, t].astype(jnp.float32) * x[:, t] for t in range(terms))
-    # The last sum as a product with ones; without the barrier XLA would fuse both into one slow loop.
-    partial = lax.optimization_barrier(partial).reshape(out, sums * _LANES)
-    return (partial @ jnp.ones((sums * _LANES, 1), jnp.float32)).T
-
-
 class Linear(nnx.Module):
     """A product with an optional bias: f32[T, in] -> f32[T, out...]."""
 
@@ -76,8 +58,28 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(shape[:-1], dtype)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        out = product(x, self.weight[...])
+        out = self._product(x)
         return out if self.bias is None else out + self.bias[...].astype(jnp.float32)
+
+    def _product(self, x: jax.Array) -> jax.Array:
+        return product(x, self.weight[...])
+
+
+class QuantizedLinear(Linear):
+    """A `Linear` whose weight is 8 bits wide, with one scale for each output."""
+
+    def __init__(self, linear: Linear, quantization: Quantization):
+        shape = linear.weight.shape
+        self.weight = nnx.Param(jnp.zeros(shape, jnp.float8_e4m3fn if quantization == "w8_fp8" else jnp.int8))
+        self.scale = nnx.Param(jnp.ones(shape[:-1], jnp.float32))
+        self.bias = linear.bias
+        self.mode: Mode = "w8a8" if quantization == "w8a8" else "w8"
+
+    def _product(self, x: jax.Array) -> jax.Array:
+        weight = self.weight[...]
+        flat = weight.reshape(-1, weight.shape[-1])
+        out = quantized_matmul(x, flat, self.scale[...].reshape(-1), mode=self.mode)
+        return out.reshape(x.shape[0], *weight.shape[:-1])
 
 
 class Embedding(nnx.Module):

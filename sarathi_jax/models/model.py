@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sarathi_jax.config import ModelConfig
+from sarathi_jax.config import ModelConfig, Quantization
 from sarathi_jax.models.decoder import DecoderLayer
 from sarathi_jax.models.falcon import FalconLayer
 from sarathi_jax.models.layers import (
@@ -15,6 +15,7 @@ from sarathi_jax.models.layers import (
     LayerNorm,
     LayerState,
     Linear,
+    QuantizedLinear,
     RMSNorm,
     product,
     rotation_table,
@@ -64,11 +65,24 @@ class ModelFunction:
     Args:
       config: the model.
       dtype: of its parameters.
+      quantization: of the weights of its products, or None; a tied head is none of them.
     """
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype):
-        self._graph, state = nnx.split(nnx.eval_shape(lambda: LanguageModel(config, dtype)))
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, quantization: Quantization | None = None):
+        def build() -> LanguageModel:
+            model = LanguageModel(config, dtype)
+            if quantization is not None:
+                _quantize(model, quantization)
+            return model
+
+        self._graph, state = nnx.split(nnx.eval_shape(build))
         self._leaves = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
+
+    @property
+    def quantized(self) -> dict[str, jnp.dtype]:
+        """Dotted path of every quantised weight -> what it is stored as; its scale is `scale_path` of it."""
+        shapes = self.shapes
+        return {name: leaf.dtype for name, leaf in shapes.items() if scale_path(name) in shapes}
 
     @property
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -83,3 +97,20 @@ class ModelFunction:
         """
         flat = [(path, leaf.replace(params[name])) for name, (path, leaf) in self._leaves.items()]
         return nnx.merge(self._graph, nnx.from_flat_state(flat))
+
+
+def scale_path(weight_path: str) -> str:
+    """Where the scales of a quantised weight stand."""
+    return weight_path.removesuffix(".weight") + ".scale"
+
+
+def _quantize(module: nnx.Module, quantization: Quantization) -> None:
+    """Replaces every `Linear` below a module."""
+    for name, child in list(vars(module).items()):
+        if isinstance(child, Linear):
+            setattr(module, name, QuantizedLinear(child, quantization))
+        elif isinstance(child, nnx.List):
+            for item in child:
+                _quantize(item, quantization)
+        elif isinstance(child, nnx.Module):
+            _quantize(child, quantization)

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sarathi_jax.config import DTYPES, ConfigError, Dtype, ModelConfig
+from sarathi_jax.config import DTYPES, ConfigError, Dtype, ModelConfig, Quantization
+from sarathi_jax.models.model import ModelFunction
 from sarathi_jax.weights import huggingface, orbax
-from sarathi_jax.weights.buffers import adopt, aligned_empty
+from sarathi_jax.weights.buffers import aligned_empty
 from sarathi_jax.weights.directory import CONFIG_FILE, copy_companions, load_model_config, new_directory, write_json
 from sarathi_jax.weights.hf_config import model_config_to_hf
 from sarathi_jax.weights.mapping import num_parameters, parameter_shapes, parameter_sources
+from sarathi_jax.weights.quantized import place
 from sarathi_jax.weights.safetensors import WeightsError, pieces
 
 __all__ = ["load_model_config", "load_parameters", "random_parameters", "save_hf", "save_orbax", "stored_dtype"]
@@ -24,7 +26,12 @@ _INITIAL_STD = 0.02  # of random weights; the initializer_range that the publish
 
 
 def load_parameters(
-    directory: str | os.PathLike[str], config: ModelConfig, dtype: Dtype, *, progress: bool = True
+    directory: str | os.PathLike[str],
+    config: ModelConfig,
+    dtype: Dtype,
+    *,
+    quantization: Quantization | None = None,
+    progress: bool = True,
 ) -> dict[str, jax.Array]:
     """Loads the weights of a Hugging Face or Orbax directory onto the default device.
 
@@ -35,18 +42,20 @@ def load_parameters(
       directory: holds ``config.json`` and the weights.
       config: the model, usually `load_model_config(directory)`.
       dtype: of the result; float16, bfloat16 and float32 files are cast.
+      quantization: makes the weights of products 8 bits wide on the way (`EngineConfig.quantization`).
       progress: show a progress bar.
 
     Returns:
-      Arrays by dotted path, shapes as in `parameter_shapes`.
+      Arrays by dotted path, shapes as in `parameter_shapes`; each quantised weight with its scales beside it.
 
     Raises:
       WeightsError: files missing, truncated or corrupt; tensors missing, unused, of a wrong shape or dtype.
     """
     directory = Path(directory)
+    quantized = ModelFunction(config, _numpy_dtype(dtype), quantization).quantized
     if _is_orbax(directory):
-        return orbax.load(directory, config, _numpy_dtype(dtype), progress)
-    return huggingface.load(directory, config, _numpy_dtype(dtype), progress)
+        return orbax.load(directory, config, _numpy_dtype(dtype), quantized, progress)
+    return huggingface.load(directory, config, _numpy_dtype(dtype), quantized, progress)
 
 
 def stored_dtype(directory: str | os.PathLike[str], config: ModelConfig) -> Dtype:
@@ -110,13 +119,16 @@ def save_hf(
         huggingface.write(partial, config, parameters, shard_bytes, progress)
 
 
-def random_parameters(config: ModelConfig, dtype: Dtype, seed: int) -> dict[str, jax.Array]:
+def random_parameters(
+    config: ModelConfig, dtype: Dtype, seed: int, quantization: Quantization | None = None
+) -> dict[str, jax.Array]:
     """Random weights for measurements: matrices of standard deviation 0.02, unit norms, zero biases.
 
     They are drawn on the host (uniform: far quicker than normal, and nothing is compiled), so that a seed gives the
     same weights on every device.
     """
     generator = np.random.default_rng(seed)
+    quantized = ModelFunction(config, _numpy_dtype(dtype), quantization).quantized
     parameters = {}
     for source in parameter_sources(config):
         buffer = aligned_empty(source.shape, _numpy_dtype(dtype))
@@ -130,7 +142,7 @@ def random_parameters(config: ModelConfig, dtype: Dtype, seed: int) -> dict[str,
                 values -= 0.5
                 values *= _INITIAL_STD * np.sqrt(np.float32(12))  # a uniform variable has variance width^2 / 12
                 piece[...] = values
-        parameters[source.path] = adopt(buffer)
+        parameters |= place(source.path, buffer, quantized)
     return parameters
 
 

@@ -8,10 +8,11 @@ import numpy as np
 
 from sarathi_jax.config import ConfigError, ModelConfig
 from sarathi_jax.weights import safetensors
-from sarathi_jax.weights.buffers import adopt, aligned_empty
+from sarathi_jax.weights.buffers import aligned_empty
 from sarathi_jax.weights.directory import read_json, write_json
 from sarathi_jax.weights.mapping import HEAD_TENSOR, ParameterSource, hf_tensors, is_tolerated, parameter_sources
 from sarathi_jax.weights.progress import bytes_bar
+from sarathi_jax.weights.quantized import place
 from sarathi_jax.weights.safetensors import StoredTensor, WeightsError
 
 SINGLE_FILE = "model.safetensors"
@@ -78,7 +79,9 @@ def check_tensors(stored: Mapping[str, StoredTensor], config: ModelConfig, direc
         _ = tensor.numpy_dtype  # raises for a dtype that cannot be loaded
 
 
-def load(directory: Path, config: ModelConfig, dtype: np.dtype, progress: bool) -> dict[str, jax.Array]:
+def load(
+    directory: Path, config: ModelConfig, dtype: np.dtype, quantized: Mapping[str, np.dtype], progress: bool
+) -> dict[str, jax.Array]:
     """Loads every parameter, one at a time: see `sarathi_jax.weights.checkpoint.load_parameters`."""
     stored = stored_tensors(directory)
     check_tensors(stored, config, directory)
@@ -92,7 +95,7 @@ def load(directory: Path, config: ModelConfig, dtype: np.dtype, progress: bool) 
                     bar.update(read_bytes)
             if source.path == "embed.weight" and config.tie_embeddings and HEAD_TENSOR in stored:
                 _check_tied_head(stored[HEAD_TENSOR], buffer)
-            parameters[source.path] = adopt(buffer)
+            parameters |= place(source.path, buffer, quantized)
     return parameters
 
 

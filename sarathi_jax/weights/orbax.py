@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from sarathi_jax.config import ModelConfig
 from sarathi_jax.weights.mapping import parameter_shapes
 from sarathi_jax.weights.progress import bytes_bar
+from sarathi_jax.weights.quantized import place
 from sarathi_jax.weights.safetensors import WeightsError
 
 ARRAYS_DIRECTORY = "params"
@@ -30,7 +31,9 @@ def stored_dtype(directory: Path) -> np.dtype:
         return np.dtype(next(iter(_metadata(checkpointer, directory).values())).dtype)
 
 
-def load(directory: Path, config: ModelConfig, dtype: np.dtype, progress: bool) -> dict[str, jax.Array]:
+def load(
+    directory: Path, config: ModelConfig, dtype: np.dtype, quantized: Mapping[str, np.dtype], progress: bool
+) -> dict[str, jax.Array]:
     """Loads every parameter, some hundred megabytes at a time: see `sarathi_jax.weights.checkpoint.load_parameters`."""
     shapes = parameter_shapes(config)
     largest_bytes = max(math.prod(shape) for shape in shapes.values()) * 4
@@ -66,7 +69,8 @@ def load(directory: Path, config: ModelConfig, dtype: np.dtype, progress: bool) 
                     raise WeightsError(
                         f"{directory / ARRAYS_DIRECTORY} cannot be read ({error}); copy it again"
                     ) from error
-                parameters |= restored
+                for path, array in restored.items():
+                    parameters |= place(path, np.asarray(array), quantized) if path in quantized else {path: array}
                 bar.update(sum(map(_num_bytes, group.values())))
         return parameters
 
