@@ -28,6 +28,10 @@ test: $(VENV)/.ready  ## everything that needs no torch and no GPU
 test-oracle: $(VENV)/.ready .venv-oracle/.ready  ## compares live with Hugging Face transformers on CPU torch
 	SARATHI_ORACLE_PYTHON=$(CURDIR)/.venv-oracle/bin/python $(VENV)/bin/python -m pytest tests/oracle $(ARGS)
 
+.PHONY: test-devices
+test-devices: .venv-devices/.ready  ## compiles kernels and model steps for GPUs and TPUs, which need not be there
+	.venv-devices/bin/python -m pytest tests/devices --timeout=600 $(ARGS)
+
 .PHONY: golden
 golden: $(VENV)/.ready .venv-oracle/.ready  ## makes the golden values of tests/golden anew
 	SARATHI_ORACLE_PYTHON=$(CURDIR)/.venv-oracle/bin/python $(VENV)/bin/python -m tests.oracle.make_golden
@@ -73,6 +77,10 @@ $(VENV)/.ready-dev: requirements-dev.lock $(VENV)/.ready
 $(VENV)-jax-%/.ready: requirements.lock pyproject.toml scripts/make_venv.sh
 	@scripts/make_venv.sh $(@D) requirements.lock $(PYTHON)
 	scripts/retry.sh $(@D)/bin/python -m pip install -qq --disable-pip-version-check "jax==$*" "jaxlib==$*"
+	@touch $@
+
+.venv-devices/.ready: requirements.lock pyproject.toml scripts/make_venv.sh scripts/make_devices_venv.sh
+	@scripts/make_devices_venv.sh .venv-devices
 	@touch $@
 
 .venv-oracle/.ready: scripts/make_oracle_venv.sh
