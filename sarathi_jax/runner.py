@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from pallas_kernels.ragged_paged_attention import ragged_paged_attention
+from pallas_kernels.ragged_paged_attention import check_platform, ragged_paged_attention
 from sarathi_jax.batch import BatchLayout, StepBatch
 from sarathi_jax.compiling import CompileCounter
 from sarathi_jax.config import CacheConfig, EngineConfig, ModelConfig
@@ -173,6 +173,8 @@ class Runner:
         cache: CacheConfig,
         progress: bool = True,
     ):
+        check_platform(engine.attention_backend, jax.default_backend())
+        logging.info("attention backend: %s", engine.attention_backend)
         program = StepProgram(model, engine, cache)
         self.layouts = program.layouts
         self._params = tuple(params[name] for name in program.parameter_names)

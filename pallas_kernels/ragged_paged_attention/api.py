@@ -142,6 +142,27 @@ def check_backend(backend: str, head_dim: int, block_size: int, dtype: Any) -> N
         )
 
 
+def check_platform(backend: str, platform: str) -> None:
+    """Refuses a backend whose kernels this platform cannot run.
+
+    Args:
+      backend: a name in `BACKENDS`.
+      platform: as ``jax.default_backend()`` names it.
+
+    Raises:
+      ValueError: unknown backend, or one for another platform; names those that run here.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"attention backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    here = "cuda" if platform == "gpu" else platform
+    running = [name for name, other in BACKENDS.items() if other.platform in (None, here)]
+    if backend not in running:
+        raise ValueError(
+            f"attention backend {backend!r} needs {BACKENDS[backend].platform}, this is {here}: "
+            f"choose {' or '.join(running)}"
+        )
+
+
 def _validate(q, k_new, v_new, kv_cache, write_indices, chunk_starts, kv_lens, block_tables, window) -> None:
     tokens, heads, head_dim = q.shape
     kv_heads, sequences = k_new.shape[1], kv_lens.shape[0]

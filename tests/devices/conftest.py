@@ -39,13 +39,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tables():
-    """Rows of docs/kernels-compiled.md by section; written when a whole run is over."""
-    rows: dict[str, list[str]] = {head: [] for head in HEADS}
-    yield rows
-    if all(rows.values()):
-        TABLE.write_text(INTRODUCTION + "".join(map(section, HEADS, rows.values())))
+    """Rows of docs/kernels-compiled.md by section; a run of some tests replaces their rows alone."""
+    new: dict[str, list[str]] = {title: [] for title in HEADS}
+    yield new
+    old = TABLE.read_text() if TABLE.exists() else ""
+    sections = []
+    for title, head in HEADS.items():
+        rows = {key_of(row): row for row in rows_of(old, title)} | {key_of(row): row for row in new[title]}
+        columns = head.count("|") + 1
+        sections.append(
+            "\n".join(["", f"## {title}", f"| {head} |", "|" + "---|" * columns, *sorted(rows.values()), ""])
+        )
+    TABLE.write_text(INTRODUCTION + "".join(sections))
 
 
-def section(title: str, rows: list[str]) -> str:
-    columns = HEADS[title].count("|") + 1
-    return "\n".join(["", f"## {title}", f"| {HEADS[title]} |", "|" + "---|" * columns, *rows, ""])
+def rows_of(text: str, title: str) -> list[str]:
+    """The table below a heading, without its head."""
+    body = text.partition(f"## {title}\n")[2].partition("\n\n")[0]
+    return body.splitlines()[2:]
+
+
+def key_of(row: str) -> tuple[str, ...]:
+    """What was compiled: kernel or model, target, configuration or backend."""
+    return tuple(row.split("|")[1:4])
