@@ -8,7 +8,7 @@ memory, others keep their tensor cores busy.
     piece i = program, program + programs, ...          (a run of query rows, a range of keys, a KV head)
 
     producer warpgroup                            two consumer warpgroups
-    reads block ids one step ahead                copy their 64 query rows to shared memory
+    reads the block table                         copy their 64 query rows to shared memory
       |                                             |
       |   TMA, one a block          k_full          v
       +--> K ring [stages, 128, D] ---------> S = Q K^T     WGMMA, shared x shared
@@ -79,8 +79,8 @@ class Tuning:
     consumer_registers: int = 232
 
     def __post_init__(self):
-        if self.step_keys % 64:
-            raise ValueError(f"step_keys={self.step_keys} must be a multiple of 64")
+        if self.step_keys not in (64, 128):
+            raise ValueError(f"step_keys={self.step_keys} must be 64 or 128")
         if self.stages < 2:
             raise ValueError(f"stages={self.stages} must be at least 2")
 
@@ -94,6 +94,24 @@ def choose_tuning(head_dim: int, interpret: Any = False) -> Tuning:
     """
     stages = 256 // head_dim
     return Tuning(stages=stages) if interpret is False else Tuning(stages=stages, programs=2, wanted_pieces=8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The static side of the kernel.
+
+    Attributes:
+      heads_per_kv: R.
+      scale, window: as in `api.ragged_paged_attention`.
+      tuning: how to cut it.
+      emulate_wgmma: `jnp.dot` in its place: interpretation has not the forms of WGMMA that the kernel needs.
+    """
+
+    heads_per_kv: int
+    scale: float
+    window: int | None
+    tuning: Tuning
+    emulate_wgmma: bool
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "window", "interpret", "tuning"))
@@ -130,9 +148,8 @@ def ragged_paged_attention(
     kv_cache = write_kv(k_new, v_new, kv_cache, write_indices, interpret=interpret)
     plan = schedule.make_schedule(bucket, chunk_starts, kv_lens, num_decodes, num_chunks, window)
     packed = schedule.pack_queries(q.astype(kv_cache[0].dtype), bucket, plan)
-    wide, partial, lse = attend(
-        bucket, plan, packed, kv_cache, block_tables, scale=scale, window=window, tuning=tuning, interpret=interpret
-    )
+    options = Options(bucket.heads_per_kv, scale, window, tuning, emulate_wgmma=interpret is not False)
+    wide, partial, lse = attend(options, bucket, plan, packed, kv_cache, block_tables, interpret=interpret)
     out = schedule.gather_result(bucket, plan, wide, partial, lse, num_decodes, chunk_starts[num_chunks])
     return out, kv_cache
 
@@ -183,27 +200,23 @@ def write_kv(
 
 
 def attend(
+    options: Options,
     bucket: Bucket,
     plan: schedule.Schedule,
     packed: Array,
     kv_cache: tuple[Array, Array],
     block_tables: Array,
     *,
-    scale: float,
-    window: int | None,
-    tuning: Tuning,
     interpret: Any,
 ) -> tuple[Array, Array, Array]:
     """Attention of all pieces.
 
     Args:
+      options: how.
       bucket, plan: what to compute.
       packed: [G, packed_rows, D], the queries.
       kv_cache: K and V, [N, G, K, D], the step's own keys and values among them.
       block_tables: i32[S, P].
-      scale: multiplies the scores.
-      window: keys that a row sees, or None.
-      tuning: how.
       interpret: False, or how to interpret.
 
     Returns:
@@ -212,18 +225,11 @@ def attend(
     """
     groups, head_dim = bucket.kv_heads, packed.shape[-1]
     dtype, rows = packed.dtype, bucket.partial_rows
-    block_size = kv_cache[0].shape[2]
-    copies = max(1, tuning.step_keys // block_size)
+    tuning = options.tuning
+    copies = max(1, tuning.step_keys // kv_cache[0].shape[2])
     ring = _tiled_smem((tuning.stages, tuning.step_keys, head_dim), dtype)
     full = plgpu.Barrier(num_arrivals=copies, num_barriers=tuning.stages)
     free = plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=tuning.stages)
-    options = _Options(
-        heads_per_kv=bucket.heads_per_kv,
-        scale=scale,
-        window=window,
-        tuning=tuning,
-        emulate_wgmma=interpret is not False,
-    )
     kernel = plgpu.kernel(
         functools.partial(_kernel, options=options),
         out_type=[
@@ -260,25 +266,6 @@ def _tiled_smem(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory in the layout that WGMMA reads and TMA writes: tiles of 8 rows of 128 bytes, swizzled."""
     tiling = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))  # pyright: ignore[reportAbstractUsage]
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(128)))  # pyright: ignore[reportAbstractUsage]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Options:
-    """The static side of the kernel.
-
-    Attributes:
-      heads_per_kv: R.
-      scale, window: as in `api.ragged_paged_attention`.
-      tuning: how to cut it.
-      emulate_wgmma: `jnp.dot` in place of WGMMA, for interpretation, which has no WGMMA with a left operand in
-        registers or a transposed right one, nor one that starts from a given accumulator.
-    """
-
-    heads_per_kv: int
-    scale: float
-    window: int | None
-    tuning: Tuning
-    emulate_wgmma: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,7 +341,7 @@ def _read_rows(pieces, column: Array, warpgroup: Array, narrow: Array) -> _Rows:
 
 
 def _kernel(
-    num_pieces, pieces, tables, packed, k_cache, v_cache, wide, partial, lse, *, options: _Options, **scratch
+    num_pieces, pieces, tables, packed, k_cache, v_cache, wide, partial, lse, *, options: Options, **scratch
 ) -> None:
     """One program: its pieces, each warpgroup in its role."""
     smem = _Scratch(**scratch)
@@ -376,8 +363,12 @@ def _kernel(
     def _():
         plgpu.set_max_registers(tuning.producer_registers, action="decrease")
         used = for_each_piece(functools.partial(_load_piece, smem, pieces, tables, k_cache, v_cache, tuning))
+
         # A program ends when its last stages have been given back.
-        lax.fori_loop(jnp.maximum(used - tuning.stages, 0), used, functools.partial(_await_free, smem, tuning), None)
+        @pl.loop(jnp.maximum(used - tuning.stages, 0), used)
+        def _(index: Array) -> None:
+            plgpu.barrier_wait(smem.k_free.at[lax.rem(index, tuning.stages)])
+            plgpu.barrier_wait(smem.v_free.at[lax.rem(index, tuning.stages)])
 
     @pl.when(warpgroup != _PRODUCER)
     def _():
@@ -393,12 +384,6 @@ def _kernel(
             pl.when(jnp.logical_not(idle))(lambda: attend(piece, used))
 
         for_each_piece(work)
-
-
-def _await_free(smem: _Scratch, tuning: Tuning, index: Array, _: None) -> None:
-    stage = lax.rem(index, tuning.stages)
-    plgpu.barrier_wait(smem.k_free.at[stage])
-    plgpu.barrier_wait(smem.v_free.at[stage])
 
 
 def _load_piece(smem: _Scratch, pieces, tables, k_cache, v_cache, tuning: Tuning, piece: _Piece, used: Array) -> None:
@@ -420,16 +405,16 @@ def _load_piece(smem: _Scratch, pieces, tables, k_cache, v_cache, tuning: Tuning
             source = cache.at[block, piece.kv_head, pl.ds(offset, rows)]
             plgpu.copy_gmem_to_smem(source, ring.at[pl.ds(i * rows, rows)], full)
 
-    def body(i: Array, blocks: list[Array]) -> list[Array]:
+    def body(i: Array, _: None) -> None:
         stage, step = lax.rem(used + i, tuning.stages), piece.first_step + i
+        blocks = read_blocks(step)  # they arrive while the stage is awaited
         recycled = used + i >= tuning.stages
         pl.when(recycled)(lambda: plgpu.barrier_wait(smem.k_free.at[stage]))
         load(k_cache, smem.k_ring.at[stage], smem.k_full.at[stage], step, blocks)
         pl.when(recycled)(lambda: plgpu.barrier_wait(smem.v_free.at[stage]))
         load(v_cache, smem.v_ring.at[stage], smem.v_full.at[stage], step, blocks)
-        return read_blocks(step + 1)  # they arrive while the next stage is awaited
 
-    lax.fori_loop(0, piece.num_steps, body, read_blocks(piece.first_step))
+    lax.fori_loop(0, piece.num_steps, body, None)
 
 
 def _skip_piece(smem: _Scratch, tuning: Tuning, piece: _Piece, used: Array) -> None:
@@ -456,7 +441,7 @@ class _Consumer:
       used: stages that earlier pieces used.
     """
 
-    options: _Options
+    options: Options
     smem: _Scratch
     warpgroup: Array
     piece: _Piece
@@ -563,10 +548,9 @@ class _Consumer:
         return differ | (offset + _ROWS - 1 >= self.options.window * heads)
 
     def _mask(self, scores: Array, offset: Array) -> Array:
-        """Scores of keys out of a row's sight set to `_UNSEEN`."""
+        """Keys out of a row's sight set to `_UNSEEN`: ``key > row // heads``, without the division."""
         heads = self.options.heads_per_kv
         rows = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=plgpu.Layout.WGMMA) + offset
-        # Rows are heads of tokens: key <= row // heads, without a division.
         keys = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA) * heads
         visible = keys <= rows
         if self.options.window is not None:

@@ -20,6 +20,9 @@ GROUPS = groups()
 FUZZ_SIZE = Size(num_tokens=215, num_sequences=8, max_blocks=14, num_blocks=100)
 NUM_FUZZED = 40
 
+# Interpreted kernels spend their time in the compiler, and what it makes runs once.
+COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
 
 def arguments_of(batch: Batch) -> list:
     return [getattr(batch, field.name) for field in dataclasses.fields(batch)]
@@ -138,8 +141,8 @@ def interpret(case: Case, tuning: mosaic_gpu.Tuning) -> None:
     # Not the jitted function: it may remember a trace of another kernel.
     call = functools.partial(mosaic_gpu.ragged_paged_attention.__wrapped__, interpret=True, tuning=tuning)
     try:
-        out, _ = jax.jit(functools.partial(call, scale=scale, window=case.window))(*arguments)
-        out = np.asarray(out)
+        run = jax.jit(functools.partial(call, scale=scale, window=case.window)).lower(*arguments)
+        out = np.asarray(run.compile(compiler_options=COMPILER_OPTIONS)(*arguments)[0])
         assert not interpreter.get_races().races_found, "found a race"
     finally:
         interpreter.reset_gpu_interpret_mode_state()
@@ -152,25 +155,18 @@ SYNCHRONISED = Case(((1, 100), (40, 330)), heads=2, kv_heads=1, block_size=64, p
 ONE_PROGRAM = mosaic_gpu.Tuning(programs=1, wanted_pieces=1)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(((1, 20), (4, 40)), heads=2, kv_heads=1, block_size=64, padding=0, spare_sequences=0),
-        pytest.param(SYNCHRONISED, marks=pytest.mark.slow),
-    ],
-    ids=["short", "long"],
-)
-def test_synchronisation(case):
-    interpret(case, ONE_PROGRAM)
+def test_synchronisation():
+    interpret(SYNCHRONISED, ONE_PROGRAM)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(("step_keys", "stages", "take_turns"), [(64, 3, True), (128, 2, False)])
+@pytest.mark.parametrize(("step_keys", "stages", "take_turns"), [(64, 3, True), (64, 2, False)])
 def test_synchronisation_of_other_tunings(step_keys, stages, take_turns):
     tuning = mosaic_gpu.Tuning(step_keys, stages, programs=2, wanted_pieces=4, take_turns=take_turns)
-    interpret(dataclasses.replace(SYNCHRONISED, window=150), tuning)
+    interpret(dataclasses.replace(SYNCHRONISED, window=150, block_size=128), tuning)
 
 
 @pytest.mark.slow
