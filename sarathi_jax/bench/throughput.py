@@ -7,6 +7,7 @@ random token ids drawn anew for each repeat, and nothing is shared between them.
 """
 
 import json
+import math
 import random
 import resource
 import sys
@@ -15,16 +16,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import jax.numpy as jnp
 from absl import app, flags
 
 from sarathi_jax import LLM, SamplingParams
+from sarathi_jax.config import QUANTIZATIONS
 from sarathi_jax.kv.cache import block_bytes
-from sarathi_jax.weights.mapping import num_parameters
+from sarathi_jax.models.model import ModelFunction
 
 _MODEL = flags.DEFINE_string("model", None, "model folder or YAML; without it the model that ships")
 _CASES = flags.DEFINE_string("cases", None, "JSON file of cases", required=True)
 _REPEATS = flags.DEFINE_integer("repeats", 3, "runs of each case; the median counts", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ("float32", "bfloat16", "auto"), "of weights and cache")
+_QUANTIZATION = flags.DEFINE_enum("quantization", None, QUANTIZATIONS, "8-bit weights; without it none")
 _MAX_MODEL_LEN = flags.DEFINE_integer("max_model_len", 2048, "longest prompt + output")
 _MAX_NUM_SEQS = flags.DEFINE_integer("max_num_seqs", 32, "sequences at once")
 _TOKEN_BUDGET = flags.DEFINE_integer("token_budget", 512, "tokens of the largest step")
@@ -57,11 +61,10 @@ def run_case(llm: LLM, case: dict[str, int], repeats: int) -> dict[str, Any]:
 
 def memory(llm: LLM) -> dict[str, int]:
     """Bytes: peak of the process, weights, KV cache, and what is left for everything else."""
-    width = 4 if llm.engine_config.dtype == "float32" else 2
-    weights = num_parameters(llm.model_config) * width
-    cache = llm.cache_config.num_blocks * block_bytes(
-        llm.model_config, llm.cache_config.block_size, llm.engine_config.dtype
-    )
+    engine = llm.engine_config
+    shapes = ModelFunction(llm.model_config, jnp.dtype(engine.dtype), engine.quantization).shapes.values()
+    weights = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in shapes)
+    cache = llm.cache_config.num_blocks * block_bytes(llm.model_config, llm.cache_config.block_size, engine.dtype)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {"peak_bytes": peak, "weight_bytes": weights, "cache_bytes": cache, "rest_bytes": peak - weights - cache}
 
@@ -74,6 +77,7 @@ def main(arguments: Sequence[str]) -> None:
     with LLM(
         _MODEL.value,
         dtype=cast(Any, _DTYPE.value),
+        quantization=_QUANTIZATION.value,
         max_model_len=_MAX_MODEL_LEN.value,
         max_num_seqs=_MAX_NUM_SEQS.value,
         token_budget=_TOKEN_BUDGET.value,
