@@ -10,6 +10,8 @@ PYTHON ?=
 ARGS ?=
 PROMPT ?= It was a fine morning, and
 VENV := $(if $(PYTHON),.venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'),.venv)
+# Programs that XLA compiled for the fast tests stay from one check to the next.
+CHECK_CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.xla-cache
 PYTEST := -m pytest -n 2 --dist worksteal
 
 .PHONY: help
@@ -47,7 +49,7 @@ check: $(VENV)/.ready-dev  ## lint, types, import order, fast tests: before ever
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
-	$(VENV)/bin/python $(PYTEST) -q -m "not slow" $(ARGS)
+	$(CHECK_CACHE) $(VENV)/bin/python $(PYTEST) -q -m "not slow" $(ARGS)
 
 .PHONY: format
 format: $(VENV)/.ready-dev  ## rewrites the code as `make check` wants it

@@ -1,4 +1,4 @@
-"""Shared set-up of the tests: one compilation cache for the whole run, on CPU."""
+"""Shared set-up of the tests: one compilation cache for the whole run (`make check` keeps its own), on CPU."""
 
 import os
 import shutil
@@ -15,8 +15,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput") and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = tempfile.mkdtemp(prefix="sarathi-jax-test-cache-")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
 @pytest.fixture(scope="session")

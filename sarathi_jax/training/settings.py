@@ -25,7 +25,7 @@ class Phase:
 
 # Short sequences are several times cheaper a token; the last phase, while the learning rate falls, makes the
 # context of 2,048 tokens real.
-DEFAULT_PHASES = (Phase(1400, 128, 24), Phase(1000, 256, 12), Phase(300, 512, 6), Phase(160, 2048, 2))
+DEFAULT_PHASES = (Phase(2300, 128, 24), Phase(1000, 256, 12), Phase(350, 512, 6), Phase(220, 2048, 2))
 
 
 SAMPLE_PROMPTS = (
@@ -68,10 +68,10 @@ class TrainConfig:
     corpus: Path
     out: Path
     work_dir: Path | None = None
-    vocab_size: int = 416
+    vocab_size: int = 512
     hidden_size: int = 192
     intermediate_size: int = 512
-    num_layers: int = 3
+    num_layers: int = 4
     num_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 64

@@ -50,6 +50,7 @@ def check(path):
     return rows
 
 
+@pytest.mark.slow
 def test_rows_of_every_kind(model, files):
     from sarathi_jax.jobs.batch import run_job
     from sarathi_jax.jobs.service import LLMService

@@ -148,6 +148,7 @@ def crowd() -> list[Case]:
     ]
 
 
+@pytest.mark.slow
 def test_a_row_alone_is_the_row_in_any_crowd():
     cases = crowd()
     together = draw(cases)
@@ -219,6 +220,7 @@ def test_hopeless_logits_give_a_token_of_the_vocabulary(params):
     assert tokens[4] == 123
 
 
+@pytest.mark.slow
 def test_a_vocabulary_of_three():
     case = Case(np.array([0.0, 1.0, 2.0]), SamplingParams(top_k=2, logprobs=2), prompt=(0,))
     drawn = draw([case], size=1)

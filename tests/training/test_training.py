@@ -69,6 +69,7 @@ def logged(config):
     return [json.loads(line)["loss"] for line in (config.state_dir / "losses.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_short_run_lowers_the_loss(finished):
     config, _ = finished
     found = logged(config)
@@ -76,6 +77,7 @@ def test_a_short_run_lowers_the_loss(finished):
     assert np.mean(found[-4:]) < 0.8 * found[0]
 
 
+@pytest.mark.slow
 def test_the_checkpoint_is_whole_and_loads(finished):
     config, out = finished
     assert load_model_config(out) == config.model()
@@ -89,6 +91,7 @@ def test_the_checkpoint_is_whole_and_loads(finished):
     assert card.count("**Once upon a time**") == 1
 
 
+@pytest.mark.slow
 def test_a_second_run_into_the_same_folder_is_refused(finished):
     with pytest.raises(WeightsError, match="not an empty directory"):
         train(finished[0])
@@ -119,6 +122,7 @@ def test_a_killed_run_resumes_with_the_losses_of_an_undisturbed_one(finished, tm
     assert logged(config) == logged(whole)
 
 
+@pytest.mark.slow
 def test_the_state_of_another_run_is_refused(finished):
     with pytest.raises(ConfigError, match=r"another run \(different: seed\)"):
         run_steps(dataclasses.replace(finished[0], seed=1))
