@@ -9,6 +9,7 @@ import pytest
 # Before anything imports jax.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nobody runs anything on a TPU here
 os.environ["MOSAIC_GPU_DUMP_PTX"] = "1"
 
 MISSING = [name for name in ("jax_cuda13_plugin", "libtpu", "nvidia") if importlib.util.find_spec(name) is None]
