@@ -169,7 +169,9 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def _define(values: flags.FlagValues, name: str, hint: Any, default: Any, text: str) -> None:
-    arms = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    # `Literal[...] | None` is a typing.Union before Python 3.14, the other unions are types.UnionType.
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    arms = typing.get_args(hint) if is_union else (hint,)
     optional = types.NoneType in arms
     kind = next(arm for arm in arms if arm is not types.NoneType)
     origin = typing.get_origin(kind)
