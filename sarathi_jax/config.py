@@ -115,7 +115,8 @@ class EngineConfig:
       quantization: 8-bit weights in place of `dtype`'s, one scale an output channel, made while loading: ``w8`` (int8
         weights, bfloat16 activations), ``w8_fp8`` (float8_e4m3fn weights) or ``w8a8`` (int8 weights and activations:
         the fast one on CPU); None: weights as they are. Embedding, norms and biases keep `dtype`.
-      attention_backend: one of `pallas_kernels.ragged_paged_attention.BACKENDS`.
+      attention_backend: ``xla`` (anywhere); on its own platform one of the kernels, experimental until measured there:
+        ``triton`` (NVIDIA, Ampere on), ``mosaic_gpu`` (NVIDIA Hopper, bfloat16) or ``mosaic_tpu`` (TPU).
       overlap: schedule step k+1 while step k runs.
       seed: where requests without a seed draw theirs from; None: from the operating system.
     """
