@@ -4,11 +4,7 @@ A part runs in a process of its own under a watch: a kernel that hangs or takes 
 restart, not the part.
 """
 
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +13,8 @@ from absl import app, flags
 
 from sarathi_jax.bench.gpu_suite import capacity, kernels, models, numerics, peers, report
 from sarathi_jax.bench.gpu_suite.results import Results
+from sarathi_jax.bench.gpu_suite.timing import device_works
+from sarathi_jax.bench.gpu_suite.watch import CUT_OFF, watch
 
 PARTS = (
     "numerics",
@@ -43,9 +41,6 @@ _PYTHON = flags.DEFINE_string("peer_python", peers.default_python(), "interprete
 _COMMIT = flags.DEFINE_string("commit", None, "of the code, where git cannot tell")
 _DRY_RUN = flags.DEFINE_boolean("dry_run", False, "tiny shapes on a CPU, kernels interpreted; measures nothing")
 _WORKER = flags.DEFINE_boolean("worker", False, "runs the part in this process, without the watch")
-
-CUT_OFF = 75
-"""Exit status of a part that has rows left (EX_TEMPFAIL): run it again."""
 
 
 def result_path(out: str, part: str, tag: str) -> Path:
@@ -74,49 +69,6 @@ def run_part(part: str, results: Results, limit_s: float) -> bool:
     return models.run(results, setting, backends, _BLOCK_SIZE.value, dry_run)
 
 
-def watch(path: Path, limit_s: float, row_limit_s: float) -> int:
-    """Runs this command as a worker until it is done, again when it ends badly or shows no new row for long.
-
-    Returns:
-      0, or `CUT_OFF` when the time was up first or a worker got nowhere.
-    """
-    end_s = time.monotonic() + limit_s
-    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", **os.environ}
-    command = [sys.executable, "-m", "sarathi_jax.bench.gpu_suite", *sys.argv[1:], "--worker"]
-    while (left_s := end_s - time.monotonic()) > 0:
-        before = path.stat().st_mtime_ns if path.exists() else 0
-        with subprocess.Popen([*command, f"--limit_s={left_s}"], env=environment, start_new_session=True) as worker:
-            try:
-                status = _wait(worker, path, end_s, row_limit_s)
-            finally:
-                if worker.poll() is None:
-                    os.killpg(worker.pid, signal.SIGKILL)
-        if status == 0:
-            return 0
-        after = path.stat().st_mtime_ns if path.exists() else 0
-        if after == before:
-            return status or CUT_OFF
-    print(f"time is up; run the same command again for the rows that are left ({path})", flush=True)
-    return CUT_OFF
-
-
-def _wait(worker: subprocess.Popen, path: Path, end_s: float, row_limit_s: float) -> int:
-    """Status of the worker; `CUT_OFF` when it has to be killed."""
-    last, last_s = 0, time.monotonic()
-    while worker.poll() is None:
-        time.sleep(0.2)
-        now_s = time.monotonic()
-        stamp = path.stat().st_mtime_ns if path.exists() else 0
-        if stamp != last:
-            last, last_s = stamp, now_s
-        if now_s > end_s:
-            return CUT_OFF
-        if now_s - last_s > row_limit_s:
-            print(f"no new row for {row_limit_s:.0f} s: restarting the part", flush=True)
-            return CUT_OFF
-    return worker.returncode
-
-
 def main(arguments: Sequence[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"unexpected argument {arguments[1]!r}")
@@ -128,11 +80,13 @@ def main(arguments: Sequence[str]) -> None:
     if not _WORKER.value:
         # A peer prints its rows only when it ends.
         row_limit_s = _LIMIT_S.value if part.startswith(("peer", "kernels-torch")) else _ROW_LIMIT_S.value
-        sys.exit(watch(path, _LIMIT_S.value, row_limit_s))
+        command = [sys.executable, "-m", "sarathi_jax.bench.gpu_suite", *sys.argv[1:], "--worker"]
+        sys.exit(watch(command, path, _LIMIT_S.value, row_limit_s))
     if _DRY_RUN.value:
         jax.config.update("jax_platforms", "cpu")
         print("DRY RUN: tiny shapes on a CPU, no number of it says anything about a GPU", flush=True)
-    results = Results(path, part, _DRY_RUN.value, _COMMIT.value)
+    leaves_device = part == "capacity" or part.startswith(("peer", "kernels-torch"))
+    results = Results(path, part, _DRY_RUN.value, _COMMIT.value, None if leaves_device else device_works)
     # A peer has to end before the watch ends everything.
     if not run_part(part, results, max(1.0, _LIMIT_S.value - 20)):
         sys.exit(CUT_OFF)

@@ -79,7 +79,7 @@ def run(results: Results, setting: Setting, backends: Sequence[str], block_size:
     model = load_model_yaml(config_path("models", setting.name))
     if dry_run:
         model = _shrink(model)
-        setting = dataclasses.replace(setting, max_num_seqs=4, max_model_len=64, buckets=(1, 8))
+        setting = dataclasses.replace(setting, max_num_seqs=4, max_model_len=64, buckets=(8,))
     for num_seqs in sorted({32, setting.max_num_seqs} if not dry_run else {2}):
         measured = functools.partial(host_time, num_seqs, 10 if dry_run else 300)
         results.measure(f"host time, {num_seqs} decodes", measured, kind="host", num_seqs=num_seqs)
@@ -119,6 +119,8 @@ def _rows(results: Results, setting: Setting, serving: "Serving", roofs: Roofs, 
     number = 1 + len(starts)
     if not results.measure(f"start-up {backend}, run {number}", serving.start, kind="start-up", backend=backend):
         return False
+    if not serving.has_started:
+        return True
     for key, (kind, bucket, kv_len, chunks) in zip(keys, steps, strict=False):
         measured = functools.partial(serving.time_step, bucket, chunks, roofs, dry_run)
         fields = {"backend": backend, "kind": "step", "step": kind, "bucket": bucket, "kv_len": kv_len}
@@ -197,9 +199,15 @@ class Serving:
         self._runner = self._engine = None
         gc.collect()
 
+    @property
+    def has_started(self) -> bool:
+        return self._engine is not None
+
     def time_step(self, bucket: int, chunks: Chunks, roofs: Roofs, dry_run: bool) -> dict[str, Any]:
         """Time of a program against the fewest bytes and operations of the step."""
-        runner, cache = self._started()
+        runner, cache = self._runner, self._cache
+        assert runner is not None
+        assert cache is not None
         num_rows = self.engine_config.max_running
         sampling = SamplingTable(num_rows, self.model.vocab_size).arrays()
         buffer = fill_buffer(runner.layouts[bucket], cache, num_rows, chunks, self.model.vocab_size)
@@ -215,8 +223,8 @@ class Serving:
 
     def serve(self, case: Case) -> dict[str, Any]:
         """Greedy generation of random prompts through the engine; the second of two runs."""
-        runner, _ = self._started()
-        engine, longest = self._engine, case["prompt_tokens"] + case["output_tokens"]
+        runner, engine, longest = self._runner, self._engine, case["prompt_tokens"] + case["output_tokens"]
+        assert runner is not None
         assert engine is not None
         params = SamplingParams(max_tokens=case["output_tokens"], temperature=0, ignore_eos=True, detokenize=False)
         generator, seconds, steps = random.Random(0), 0.0, 0
@@ -239,11 +247,6 @@ class Serving:
             "total_tok_s": case["requests"] * longest / seconds,
             "late_compiles": runner.num_late_compiles,
         }
-
-    def _started(self) -> tuple[Runner, CacheConfig]:
-        if self._runner is None or self._cache is None:
-            raise Skipped("the model did not start")
-        return self._runner, self._cache
 
 
 def draw_parameters(model: ModelConfig, engine: EngineConfig) -> dict[str, Array]:

@@ -4,7 +4,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,8 +47,8 @@ def run_transformers(
       Whether every row was reached.
     """
     config = yaml.safe_load(config_path("models", model).read_text())["config"]
-    named = [{"key": f"transformers {case_name(case)}", **case} for case in cases]
-    fields = {case["key"]: {"backend": "transformers", "kind": "throughput", **case} for case in named}
+    fields = {f"transformers {case_name(c)}": {"backend": "transformers", "kind": "throughput", **c} for c in cases}
+    named = [{"key": key, **case} for key, case in zip(fields, cases, strict=True)]
     reason = None
     if quantized:
         reason = "transformers needs a package that is not there to make 8-bit weights, and bfloat16 does not fit"
@@ -89,7 +88,7 @@ def _run(
     left = [case for case in cases if not results.is_done(case["key"])]
     if not left:
         return True
-    start_s = time.monotonic()
+    timed_out = False
     # -P: the script's folder is not searched for modules, so that none of ours hides one of torch's.
     command = [python, "-P", str(Path(__file__).parent / script)]
     with subprocess.Popen(
@@ -98,6 +97,7 @@ def _run(
         try:
             out, err = peer.communicate(json.dumps(request(left)), timeout=max(1.0, limit_s))
         except subprocess.TimeoutExpired:
+            timed_out = True
             peer.kill()
             out, err = peer.communicate()
     rows = _parse(out)
@@ -105,9 +105,14 @@ def _run(
         key = case["key"]
         if key in rows:
             results.measure(key, _give(rows[key]), **fields[key])
-        elif not rows and time.monotonic() - start_s < limit_s:
+        elif timed_out:
+            results.measure(key, _fail(f"not done after {limit_s:.0f} s"), **fields[key])
+            break  # the others had no turn
+        else:
             last = err.strip().splitlines()[-1:] or ["nothing was said"]
-            results.measure(key, _skip(f"{script} ended with status {peer.returncode}: {last[0][:300]}"), **fields[key])
+            reason = f"{script} ended with status {peer.returncode}: {last[0][:300]}"
+            # Without a single row it cannot run here, which another try will not change.
+            results.measure(key, _fail(reason) if rows else _skip(reason), **fields[key])
     return all(results.is_done(case["key"]) for case in cases)
 
 
@@ -138,6 +143,13 @@ def _skip(reason: str) -> Callable[[], Row]:
         raise Skipped(reason)
 
     return skip
+
+
+def _fail(reason: str) -> Callable[[], Row]:
+    def fail() -> Row:
+        raise RuntimeError(reason)
+
+    return fail
 
 
 def default_python() -> str:

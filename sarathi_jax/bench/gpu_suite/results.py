@@ -30,13 +30,22 @@ class Results:
       part: its name.
       dry_run: written into the header; a file of the other kind is refused.
       commit: of the code; None: what git says.
+      is_alive: whether the device still works; asked when a row failed.
 
     Raises:
       ValueError: the file is of another part, or of a dry run where this is none, or the other way round.
     """
 
-    def __init__(self, path: Path, part: str, dry_run: bool, commit: str | None = None):
+    def __init__(
+        self,
+        path: Path,
+        part: str,
+        dry_run: bool,
+        commit: str | None = None,
+        is_alive: Callable[[], bool] | None = None,
+    ):
         self._path = path
+        self._is_alive = is_alive or (lambda: True)
         header = make_header(part, dry_run, commit)
         if path.exists():
             document = json.loads(path.read_text())
@@ -69,7 +78,7 @@ class Results:
           fields: what the row is about, kept whatever comes of it.
 
         Returns:
-          False if it failed: the device may be unusable in this process.
+          False if it failed and left the device unusable to this process.
         """
         if self.is_done(key):
             return True
@@ -86,7 +95,7 @@ class Results:
         self._keep(key, row)
         told = {name: value for name, value in row.items() if name != "traceback" and name not in fields}
         print(key, json.dumps(told), flush=True)
-        return row["status"] != "failed"
+        return row["status"] != "failed" or self._is_alive()
 
     def _keep(self, key: str, row: Mapping[str, Any]) -> None:
         self.rows[key] = dict(row)

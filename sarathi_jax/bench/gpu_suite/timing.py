@@ -86,6 +86,14 @@ def kernel_times(function: Callable[..., Any], *arguments: Any, most: int = 8) -
     return [{"kernel": name[:100], "time_us": time_us} for name, time_us in longest]
 
 
+def device_works() -> bool:
+    """Whether this process can still use its device: after an illegal access or the like it cannot."""
+    try:
+        return bool(jnp.arange(8).sum() == 28)
+    except jax.errors.JaxRuntimeError:
+        return False
+
+
 @dataclasses.dataclass(frozen=True)
 class Roofs:
     """What the device was seen to do: bytes a second of a large copy, operations a second of a large product."""
