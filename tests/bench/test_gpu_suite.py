@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -214,7 +215,16 @@ def test_page_refuses_to_mix_devices(tmp_path):
         report.write_page(tmp_path)
 
 
+@pytest.fixture
+def quick_compiles():
+    """What is compiled here runs once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_compiles")
 def test_dry_run_of_everything(tmp_path):
     """Each part once; kernels interpreted, except the slowest of them where another part runs it."""
     assert numerics.run(results_in(tmp_path, "numerics"), ("triton", "mosaic_gpu", "xla"), dry_run=True)
@@ -234,6 +244,6 @@ def test_dry_run_of_everything(tmp_path):
 def test_command(tmp_path, repo):
     for part in ("capacity", "merge"):
         command = [sys.executable, "-m", "sarathi_jax.bench.gpu_suite", "--part", part, "--out", str(tmp_path)]
-        done = subprocess.run([*command, "--dry_run"], cwd=repo, capture_output=True, text=True, timeout=100)
+        done = subprocess.run([*command, "--dry_run"], cwd=repo, capture_output=True, text=True, timeout=250)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "gpu-suite.md").read_text().count("skipped") == len(capacity.POLICIES)
