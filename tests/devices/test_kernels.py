@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec
 from pallas_kernels.ragged_paged_attention import BACKENDS, ragged_paged_attention
 from tests.devices.compiling import compile_lowered, device_of, row_major, sharding_of
 
-# Look-ups in the block table that a thread makes a step, for keys of its own; the Hopper kernel reads the nine numbers of
-# its next piece of work besides.
+# Look-ups in the block table that a thread makes a step, for keys of its own; the Hopper kernel reads the nine numbers
+# of its next piece of work besides.
 MAX_TABLE_LOADS = 24
 
 

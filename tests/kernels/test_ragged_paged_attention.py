@@ -90,9 +90,19 @@ def dtypes_of(backend: str) -> tuple[str, ...]:
     return BACKENDS[backend].dtypes or ("float32", "bfloat16")
 
 
+def marks_of(backend: str) -> list:
+    """Interpreting Mosaic takes seconds a batch."""
+    return [pytest.mark.interpret] if backend.startswith("mosaic") else []
+
+
 def named_tests() -> list:
     return [
-        pytest.param(backend, dtype, group, marks=() if group in QUICK and dtype == "float32" else pytest.mark.slow)
+        pytest.param(
+            backend,
+            dtype,
+            group,
+            marks=() if group in QUICK and dtype == "float32" else (pytest.mark.slow, *marks_of(backend)),
+        )
         for backend in BACKENDS
         for dtype in dtypes_of(backend)
         for group in GROUPS
@@ -119,7 +129,7 @@ def test_matches_reference(backend, dtype, group):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", FUZZED)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [pytest.param(name, marks=marks_of(name)) for name in BACKENDS])
 def test_fuzz(backend, group):
     rng = np.random.default_rng(7)
     for seed in range(NUM_FUZZED[backend] // len(FUZZED)):
