@@ -17,7 +17,7 @@ from pallas_kernels.ragged_paged_attention import check_platform, ragged_paged_a
 from sarathi_jax.batch import BatchLayout, StepBatch
 from sarathi_jax.compiling import CompileCounter
 from sarathi_jax.config import CacheConfig, EngineConfig, ModelConfig
-from sarathi_jax.kv.cache import KVCache, allocate_cache, cache_shapes
+from sarathi_jax.kv.cache import KVCache, allocate_cache, cache_shapes, row_major
 from sarathi_jax.models import Attend, ModelFunction
 from sarathi_jax.sampling import Drawn, SamplingParamsArrays, SamplingTable, prompt_logprobs, sample
 
@@ -59,6 +59,11 @@ def scratch_bytes(program: jax.stages.Compiled) -> int:
     return 0 if memory is None else memory.temp_size_in_bytes
 
 
+def default_sharding() -> jax.sharding.Sharding:
+    """All on the default device."""
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
 class StepProgram:
     """What one step computes, as a pure function of parameters, cache, history, batch and sampling parameters.
 
@@ -66,15 +71,17 @@ class StepProgram:
       model: what to compute.
       engine: buckets, rows, dtype, attention backend.
       cache: size of the KV cache.
+      device_kind: attention kernels are cut as was measured best on such a device; None: by heuristic.
     """
 
-    def __init__(self, model: ModelConfig, engine: EngineConfig, cache: CacheConfig):
+    def __init__(self, model: ModelConfig, engine: EngineConfig, cache: CacheConfig, device_kind: str | None = None):
         self._model = model
         self._cache = cache
         self._num_rows = engine.max_running
         self._dtype = jnp.dtype(engine.dtype)
         self._function = ModelFunction(model, self._dtype, engine.quantization)
         self._backend = engine.attention_backend
+        self._device_kind = device_kind
         self.layouts = {bucket: BatchLayout(bucket, engine.max_running, cache) for bucket in engine.buckets}
         # Flat leaves: handing a nested state to a compiled program costs more than a small step.
         self.parameter_names = tuple(self._function.shapes)
@@ -85,15 +92,16 @@ class StepProgram:
         return self._num_rows, self._cache.max_model_len + 1
 
     def compile(self, bucket: int) -> jax.stages.Compiled:
-        """Compiles the step of a bucket from shapes alone."""
-        return self.trace(bucket).lower().compile()
+        """Compiles the step of a bucket from shapes alone, for the default device."""
+        return self.trace(bucket, default_sharding()).lower().compile()
 
     def trace(self, bucket: int, sharding: jax.sharding.Sharding | None = None) -> jax.stages.Traced:
         """Traces the step of a bucket from shapes alone; cache and history are donated, so updated in place.
 
         Args:
           bucket: one of `layouts`.
-          sharding: of every argument, for a device that is not the default one, or not there at all.
+          sharding: of every argument, on a device that may be there or not; None leaves the place open, and with it how
+            the cache lies in memory.
         """
         layout = self.layouts[bucket]
 
@@ -102,14 +110,17 @@ class StepProgram:
 
         shapes = self._function.shapes
         params = tuple(shapes[name] for name in self.parameter_names)
-        cache = cache_shapes(self._model, self._cache, self._dtype)
         history = jax.ShapeDtypeStruct(self.history_shape, jnp.int32)
         buffer = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
         sampling = SamplingTable(self._num_rows, self._model.vocab_size).arrays()
-        arguments = params, cache, history, buffer, sampling
+        state, format = (params, history, buffer, sampling), None
         if sharding is not None:
-            arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
-        return jax.jit(step, donate_argnums=(1, 2)).trace(*arguments)
+            state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
+            format = row_major(sharding)
+        params, history, buffer, sampling = state
+        cache = cache_shapes(self._model, self._cache, self._dtype, format)
+        program = jax.jit(step, donate_argnums=(1, 2), out_shardings=(format, None, None))
+        return program.trace(params, cache, history, buffer, sampling)
 
     def _step(
         self,
@@ -149,6 +160,7 @@ class StepProgram:
                 scale=1 / math.sqrt(self._model.head_dim),
                 window=self._model.windows[layer],
                 backend=self._backend,
+                device_kind=self._device_kind,
             )
 
         return attend
@@ -175,7 +187,7 @@ class Runner:
     ):
         check_platform(engine.attention_backend, jax.default_backend())
         logging.info("attention backend: %s", engine.attention_backend)
-        program = StepProgram(model, engine, cache)
+        program = StepProgram(model, engine, cache, jax.devices()[0].device_kind)
         self.layouts = program.layouts
         self._params = tuple(params[name] for name in program.parameter_names)
         self._compiles = CompileCounter()
@@ -191,7 +203,7 @@ class Runner:
             compile_s=time.perf_counter() - start_s,
             temp_bytes=max(map(scratch_bytes, self.programs.values())),
         )
-        self._cache = allocate_cache(model, cache, jnp.dtype(engine.dtype))
+        self._cache = allocate_cache(model, cache, jnp.dtype(engine.dtype), row_major(default_sharding()))
         self._history = jnp.zeros(program.history_shape, jnp.int32)
         self.num_late_compiles = 0
 

@@ -38,7 +38,7 @@ def plan_cache(model: ModelConfig, engine: EngineConfig) -> CacheConfig:
     if wanted * bytes_each <= free * engine.memory_fraction / 2:
         return cache
     # Scratch memory does not depend on the size of the cache, which is donated.
-    program = StepProgram(model, engine, cache).compile(engine.buckets[-1])
+    program = StepProgram(model, engine, cache, jax.devices()[0].device_kind).compile(engine.buckets[-1])
     left = free - scratch_bytes(program)
     fits = int(left * engine.memory_fraction) // bytes_each
     if fits < 2:

@@ -1,13 +1,13 @@
 """The public call: checks shapes, picks the backend by name."""
 
 import dataclasses
-from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.ragged_paged_attention import mosaic_gpu, mosaic_tpu, triton, xla
+from pallas_kernels.ragged_paged_attention import mosaic_gpu, mosaic_tpu, triton, tuning, xla
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,14 +15,15 @@ class Backend:
     """One implementation and what it serves; None: anything.
 
     Attributes:
-      run: the implementation. Pallas kernels take the keyword `interpret`, the XLA backend has no use for it.
+      module: has the implementation, `ragged_paged_attention`. That of a Pallas kernel takes the keywords `interpret`
+        and `tuning`, and stands beside `Tuning`, `CHOICES` and `choose_tuning`.
       platform: where it runs (``jax.default_backend()`` there is ``gpu`` for ``cuda``); anywhere by interpretation.
       head_dims: sizes of a head.
       block_sizes: tokens of a cache block.
       dtypes: of the cache.
     """
 
-    run: Callable[..., tuple[Array, tuple[Array, Array]]]
+    module: ModuleType
     platform: str | None = None
     head_dims: tuple[int, ...] | None = None
     block_sizes: tuple[int, ...] | None = None
@@ -42,24 +43,16 @@ class Backend:
         ]
 
 
+def _kernel(module: ModuleType, platform: str) -> Backend:
+    return Backend(module, platform, module.HEAD_DIMS, module.BLOCK_SIZES, module.DTYPES)
+
+
+# Experimental but for `xla`: they compile for their devices, which have not run them yet.
 BACKENDS: dict[str, Backend] = {
-    "xla": Backend(xla.ragged_paged_attention),
-    "triton": Backend(triton.ragged_paged_attention, "cuda", triton.HEAD_DIMS, triton.BLOCK_SIZES, triton.DTYPES),
-    # Experimental: it compiles for its device, which has not run it yet.
-    "mosaic_gpu": Backend(
-        mosaic_gpu.ragged_paged_attention,
-        "cuda",
-        mosaic_gpu.HEAD_DIMS,
-        mosaic_gpu.BLOCK_SIZES,
-        mosaic_gpu.DTYPES,
-    ),
-    "mosaic_tpu": Backend(
-        mosaic_tpu.ragged_paged_attention,
-        "tpu",
-        mosaic_tpu.HEAD_DIMS,
-        mosaic_tpu.BLOCK_SIZES,
-        mosaic_tpu.DTYPES,
-    ),
+    "xla": Backend(xla),
+    "triton": _kernel(triton, "cuda"),
+    "mosaic_gpu": _kernel(mosaic_gpu, "cuda"),
+    "mosaic_tpu": _kernel(mosaic_tpu, "tpu"),
 }
 
 
@@ -79,6 +72,7 @@ def ragged_paged_attention(
     window: int | None = None,
     backend: str = "xla",
     interpret: Any = False,
+    device_kind: str | None = None,
 ) -> tuple[Array, tuple[Array, Array]]:
     """Causal attention of a mixed batch of chunks over a paged KV cache that it extends by the batch's keys and values.
 
@@ -103,6 +97,8 @@ def ragged_paged_attention(
       backend: a name in `BACKENDS`.
       interpret: True runs a Pallas kernel by interpretation, slowly but on any platform; or what Pallas itself takes
         for that backend, such as ``pltpu.InterpretParams(detect_races=True)``.
+      device_kind: as ``jax.Device.device_kind`` names it: kernels are cut as was measured best on such a device
+        (`tuning`); None: by heuristic.
 
     Returns:
       f32[T, H, D] and the new cache.
@@ -117,9 +113,16 @@ def ragged_paged_attention(
     _, _, block_size, head_dim = kv_cache[0].shape
     check_backend(backend, head_dim, block_size, kv_cache[0].dtype)
     chosen = BACKENDS[backend]
-    options = {} if chosen.platform is None else {"interpret": interpret}
+    options = {}
+    if chosen.platform is not None:
+        fields = None
+        if device_kind is not None:
+            fields = tuning.look_up(device_kind, backend, tuning.problem_of(q, kv_cache, block_tables))
+        options = {"interpret": interpret, "tuning": None if fields is None else chosen.module.Tuning(**fields)}
     chunks = (write_indices, chunk_starts, kv_lens, block_tables, num_decodes, num_chunks)
-    return chosen.run(q, k_new, v_new, kv_cache, *chunks, scale=scale, window=window, **options)
+    return chosen.module.ragged_paged_attention(
+        q, k_new, v_new, kv_cache, *chunks, scale=scale, window=window, **options
+    )
 
 
 def check_backend(backend: str, head_dim: int, block_size: int, dtype: Any) -> None:

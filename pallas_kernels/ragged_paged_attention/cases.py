@@ -1,9 +1,16 @@
-"""Named batches, once for tests, benchmarks and tuning."""
+"""Batches, once for tests, benchmarks and tuning: named ones in numpy, large ones drawn on the device."""
 
 import collections
 import dataclasses
+import functools
+from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
+
+from pallas_kernels.ragged_paged_attention.tuning import Problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +129,49 @@ def build(case: Case, seed: int = 0, poison: float = np.nan, size: Size | None =
     )
 
 
+def draw_cache(problem: Problem, seed: int = 0) -> tuple[Array, Array]:
+    """Random keys and values on the device, blocks for `num_sequences` sequences of `max_keys` each."""
+    num_blocks = problem.max_keys // problem.block_size * problem.num_sequences
+    shape = (num_blocks, problem.kv_heads, problem.block_size, problem.head_dim)
+    k, v = jax.random.split(jax.random.key(seed))
+    return _draw(k, shape, problem.dtype), _draw(v, shape, problem.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _draw(key: Array, shape: tuple[int, ...], dtype: str) -> Array:
+    return jax.random.normal(key, shape, dtype)
+
+
+def draw_chunks(problem: Problem, chunks: Sequence[tuple[int, int]]) -> list[Array]:
+    """Everything but the cache, on the device: ``q, k_new, v_new, write_indices, ...``.
+
+    Args:
+      problem: sizes of the arrays; the cache is `draw_cache`'s.
+      chunks: ``(chunk length, KV length)`` of each sequence, decodes first; each reads blocks of its own, in random
+        order.
+    """
+    per_sequence = problem.max_keys // problem.block_size
+    tables = np.random.default_rng(0).permutation(per_sequence * problem.num_sequences).astype(np.int32)
+    tables = tables.reshape(problem.num_sequences, per_sequence)
+    lengths = np.zeros(problem.num_sequences, np.int32)
+    kv_lens = np.zeros(problem.num_sequences, np.int32)
+    lengths[: len(chunks)], kv_lens[: len(chunks)] = zip(*chunks, strict=True)
+    writes = np.full(problem.num_tokens, tables.size * problem.block_size, np.int32)
+    for s, end in enumerate(np.cumsum(lengths)[: len(chunks)]):
+        positions = np.arange(kv_lens[s] - lengths[s], kv_lens[s])
+        blocks, offsets = tables[s, positions // problem.block_size], positions % problem.block_size
+        writes[end - lengths[s] : end] = blocks * problem.block_size + offsets
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    num_decodes = sum(length == 1 for length, _ in chunks)
+    host = (writes, starts, kv_lens, tables, np.int32(num_decodes), np.int32(len(chunks)))
+    heads = (problem.heads, problem.kv_heads, problem.kv_heads)
+    keys = jax.random.split(jax.random.key(5), len(heads))
+    drawn = [
+        _draw(key, (problem.num_tokens, n, problem.head_dim), "float32") for key, n in zip(keys, heads, strict=True)
+    ]
+    return [*drawn, *map(jnp.asarray, host)]
+
+
 CASES: dict[str, Case] = {
     # One sequence.
     "one_token": Case(((1, 1),)),
@@ -160,6 +210,8 @@ CASES: dict[str, Case] = {
     "window_decodes": Case(((1, 24), (1, 25), (1, 48), (1, 49), (1, 200)), window=24),
     "window_not_reached": Case(((1, 10), (12, 20)), window=24),
     "window_within_chunk": Case(((90, 90), (33, 133)), window=24),
+    # Rows that see nothing of the first 128 keys, which others of their tile see.
+    "window_within_tile": Case(((45, 163), (67, 161)), window=24),
     "window_of_one": Case(((1, 20), (9, 9)), window=1),
     # Heads and blocks; a combination costs every test a program.
     "mha": Case(((1, 130), (40, 300)), heads=4, kv_heads=4, block_size=128),

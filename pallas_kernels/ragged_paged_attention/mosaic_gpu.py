@@ -45,6 +45,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ragged_paged_attention import schedule
 from pallas_kernels.ragged_paged_attention.schedule import NARROW_ROWS, WIDE_ROWS, Bucket
+from pallas_kernels.ragged_paged_attention.tuning import Problem, problem_of
 
 HEAD_DIMS = (64, 128)
 BLOCK_SIZES = (16, 32, 64, 128)
@@ -53,7 +54,9 @@ DTYPES = ("bfloat16",)  # WGMMA would round float32 to TF32
 _CONSUMERS = 2
 _PRODUCER = 2  # the warpgroup behind the consumers
 _ROWS = 64  # of a consumer: what one WGMMA takes
-_UNSEEN = -1e30  # finite: a step without a visible key must not make inf - inf
+# Finite: a step without a visible key must not make inf - inf. A power of two: its product with the scale is exact, so
+# that a fused multiply-subtract of that product from itself leaves no rest, which exp2 would turn into infinity.
+_UNSEEN = -(2.0**100)
 _LOG2_E = math.log2(math.e)
 
 
@@ -85,14 +88,23 @@ class Tuning:
             raise ValueError(f"stages={self.stages} must be at least 2")
 
 
-def choose_tuning(head_dim: int, interpret: Any = False) -> Tuning:
-    """Rings of 128 KB: enough in flight for the memory's latency, and room for the results.
+CHOICES = {
+    "step_keys": (64, 128),
+    "stages": (2, 3, 4, 6, 8),
+    "wanted_pieces": (132, 264, 528, 1056),
+    "take_turns": (True, False),
+}
+"""What `pallas_kernels.tune` tries, field by field."""
+
+
+def choose_tuning(problem: Problem, interpret: Any = False) -> Tuning:
+    """The heuristic: rings of 128 KB, enough in flight for the memory's latency, and room for the results.
 
     Args:
-      head_dim: D.
+      problem: the sizes of a call.
       interpret: whether to interpret, which takes its time for every program: two show all that can happen.
     """
-    stages = 256 // head_dim
+    stages = 256 // problem.head_dim
     return Tuning(stages=stages) if interpret is False else Tuning(stages=stages, programs=2, wanted_pieces=8)
 
 
@@ -133,15 +145,14 @@ def ragged_paged_attention(
     tuning: Tuning | None = None,
 ) -> tuple[Array, tuple[Array, Array]]:
     """See `pallas_kernels.ragged_paged_attention.api`; `tuning` None: by heuristic."""
-    num_tokens, heads, head_dim = q.shape
-    kv_heads = kv_cache[0].shape[1]
-    tuning = choose_tuning(head_dim, interpret) if tuning is None else tuning
+    problem = problem_of(q, kv_cache, block_tables)
+    tuning = choose_tuning(problem, interpret) if tuning is None else tuning
     interpret = plgpu.InterpretGPUParams(detect_races=True) if interpret is True else interpret
     bucket = Bucket(
-        num_tokens=num_tokens,
-        num_sequences=kv_lens.shape[0],
-        kv_heads=kv_heads,
-        heads_per_kv=heads // kv_heads,
+        num_tokens=problem.num_tokens,
+        num_sequences=problem.num_sequences,
+        kv_heads=problem.kv_heads,
+        heads_per_kv=problem.heads_per_kv,
         step_keys=tuning.step_keys,
         wanted_pieces=tuning.wanted_pieces,
     )

@@ -27,6 +27,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.ragged_paged_attention.tuning import Problem, problem_of
 from pallas_kernels.ragged_paged_attention.work import Tiles, decode_tiles, prefill_tiles
 
 HEAD_DIMS = (64, 128)
@@ -36,11 +37,37 @@ DTYPES = ("float32", "bfloat16")
 _UNSEEN = -1e30  # finite: a step without a visible key must not make inf - inf
 _SUBLANES = 8
 _LANES = 128
-_MAX_STEP_KEYS = 128
-_MAX_TILE_HEADS = 1024  # rows of all heads of a tile: queries, result and running sums take 3 KB of VMEM each
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "window", "interpret"))
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What may be chosen without changing the result.
+
+    Attributes:
+      step_keys: keys of a step, one block at least.
+      tile_heads: rows of all heads of a tile; queries, result and running sums take 3 KB of VMEM each.
+    """
+
+    step_keys: int = 128
+    tile_heads: int = 1024
+
+    def __post_init__(self):
+        for name in ("step_keys", "tile_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+
+
+CHOICES = {"step_keys": (64, 128, 256, 512), "tile_heads": (256, 512, 1024, 2048)}
+"""What `pallas_kernels.tune` tries, field by field."""
+
+
+def choose_tuning(problem: Problem) -> Tuning:
+    """The heuristic: the same for all sizes, within the VMEM of a v5e."""
+    del problem
+    return Tuning()
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "window", "interpret", "tuning"))
 def ragged_paged_attention(
     q: Array,
     k_new: Array,
@@ -56,20 +83,28 @@ def ragged_paged_attention(
     scale: float,
     window: int | None,
     interpret: Any = False,
+    tuning: Tuning | None = None,
 ) -> tuple[Array, tuple[Array, Array]]:
-    """See `pallas_kernels.ragged_paged_attention.api`."""
+    """See `pallas_kernels.ragged_paged_attention.api`; `tuning` None: by heuristic."""
+    tuning = choose_tuning(problem_of(q, kv_cache, block_tables)) if tuning is None else tuning
     num_tokens, heads, head_dim = q.shape
     num_sequences, kv_heads = kv_lens.shape[0], k_new.shape[1]
     heads_per_kv = heads // kv_heads
     kv_cache = write_kv(k_new, v_new, kv_cache, write_indices, num_sequences, interpret=interpret)
     attend = functools.partial(
-        _attend, kv_cache=kv_cache, block_tables=block_tables, scale=scale, window=window, interpret=interpret
+        _attend,
+        kv_cache=kv_cache,
+        block_tables=block_tables,
+        scale=scale,
+        window=window,
+        step_keys=tuning.step_keys,
+        interpret=interpret,
     )
     by_head = q.reshape(num_tokens, kv_heads, heads_per_kv, head_dim)
     rows = jnp.arange(num_tokens)
     out = jnp.zeros(q.shape, jnp.float32)
     if num_tokens > 1:  # a single token is a decode
-        tile_rows = max(1, min(pl.next_power_of_2(num_tokens), _MAX_TILE_HEADS // heads))
+        tile_rows = max(1, min(pl.next_power_of_2(num_tokens), tuning.tile_heads // heads))
         tiles = prefill_tiles(
             chunk_starts, kv_lens, num_decodes, num_chunks, num_tokens=num_tokens, tile_rows=tile_rows
         )
@@ -176,6 +211,7 @@ def _attend(
     block_tables: Array,
     scale: float,
     window: int | None,
+    step_keys: int,
     interpret: Any,
 ) -> Array:
     """Attention of all tiles.
@@ -187,6 +223,7 @@ def _attend(
       block_tables: i32[S, P].
       scale: multiplies the scores.
       window: keys that a row sees, or None.
+      step_keys: as in `Tuning`.
       interpret: False, or how to interpret.
 
     Returns:
@@ -198,7 +235,7 @@ def _attend(
     padded = pl.cdiv(rows, _SUBLANES) * _SUBLANES
     q = q.astype(jnp.float32).reshape(num_tiles, kv_heads, rows, head_dim)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - rows), (0, 0)))
-    step_blocks = max(1, min(_MAX_STEP_KEYS // block_size, max_blocks))
+    step_blocks = max(1, min(step_keys // block_size, max_blocks))
     buffer = pltpu.VMEM((2, step_blocks, kv_heads, block_size, head_dim), dtype)
     running = pltpu.VMEM((kv_heads, padded, _LANES), jnp.float32)
     tile = pl.BlockSpec((1, kv_heads, padded, head_dim), lambda i, *_: (i, 0, 0, 0))

@@ -1,4 +1,4 @@
-"""The specification: plain float32 numpy, one sequence at a time, no blocking. Runs on the host, never in a trace."""
+"""The specification: plain numpy, one sequence at a time, no blocking. Runs on the host, never in a trace."""
 
 import numpy as np
 
@@ -33,13 +33,14 @@ def ragged_paged_attention(
     *,
     scale: float,
     window: int | None,
+    dtype: type[np.floating] = np.float32,
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """See `pallas_kernels.ragged_paged_attention.api`; numpy in, numpy out."""
+    """See `pallas_kernels.ragged_paged_attention.api`; numpy in, numpy out, computed in `dtype`."""
     del num_decodes  # a decode is a chunk of length 1
     k_cache, v_cache = write_kv(k_new, v_new, kv_cache, write_indices)
-    q, tables = np.asarray(q).astype(np.float32), np.asarray(block_tables)
+    q, tables = np.asarray(q).astype(dtype), np.asarray(block_tables)
     heads_per_kv, block_size = q.shape[1] // k_new.shape[1], k_cache.shape[2]
-    out = np.zeros(q.shape, np.float32)
+    out = np.zeros(q.shape, dtype)
     for s in range(int(num_chunks)):
         first, end, kv_len = int(chunk_starts[s]), int(chunk_starts[s + 1]), int(kv_lens[s])
         positions = np.arange(kv_len - (end - first), kv_len)[:, None]
@@ -50,9 +51,9 @@ def ragged_paged_attention(
         # Keys that no row sees are left out: their memory may never have been written.
         keys, visible = keys[visible.any(axis=0)], visible[:, visible.any(axis=0)]
         blocks, offsets = tables[s, keys // block_size], keys % block_size
-        k = k_cache[blocks, :, offsets].astype(np.float32).repeat(heads_per_kv, axis=1)
-        v = v_cache[blocks, :, offsets].astype(np.float32).repeat(heads_per_kv, axis=1)
-        scores = np.where(visible, np.einsum("qhd,khd->hqk", q[first:end], k) * np.float32(scale), -np.inf)
+        k = k_cache[blocks, :, offsets].astype(dtype).repeat(heads_per_kv, axis=1)
+        v = v_cache[blocks, :, offsets].astype(dtype).repeat(heads_per_kv, axis=1)
+        scores = np.where(visible, np.einsum("qhd,khd->hqk", q[first:end], k) * dtype(scale), -np.inf)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
         out[first:end] = np.einsum("hqk,khd->qhd", weights, v)

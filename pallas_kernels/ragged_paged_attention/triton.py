@@ -21,6 +21,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.ragged_paged_attention.tuning import Problem, problem_of
 from pallas_kernels.ragged_paged_attention.work import Tiles, decode_tiles, prefill_tiles
 
 HEAD_DIMS = (64, 128)
@@ -32,58 +33,86 @@ _MIN_ROWS = 16  # of a product on tensor cores
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Launch:
     """How one launch of attention is cut.
 
     Attributes:
       rows: query rows of a program, tokens times the padded query heads of a KV head.
       keys: of one step of the loop.
-      num_splits: programs that share the keys of a tile.
-      num_warps, num_stages: as Triton takes them.
+      splits: programs that share the keys of a tile.
+      warps, stages: as Triton takes them.
     """
 
     rows: int
     keys: int
-    num_splits: int = 1
-    num_warps: int = 4
-    num_stages: int = 2
+    splits: int
+    warps: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What may be chosen without changing the result, for the launch of decodes and for that of tiles.
+
+    Attributes:
+      decode_keys, tile_keys: of one step of the loop.
+      decode_splits: programs that share the keys of a decode.
+      tile_rows: query rows of a tile, at least the padded query heads of a KV head.
+      decode_warps, tile_warps, decode_stages, tile_stages: as Triton takes them.
+    """
+
+    decode_keys: int
+    decode_splits: int
+    tile_rows: int
+    tile_keys: int
+    decode_warps: int = 4
+    decode_stages: int = 2
+    tile_warps: int = 4
+    tile_stages: int = 2
 
     def __post_init__(self):
-        for name in ("rows", "keys"):
+        for name in ("decode_keys", "tile_rows", "tile_keys"):
             value = getattr(self, name)
             if value < _MIN_ROWS or value & (value - 1):
                 raise ValueError(f"{name}={value} must be a power of two from {_MIN_ROWS} on")
-        if self.num_splits < 1:
-            raise ValueError(f"num_splits={self.num_splits} must be positive")
+        if self.decode_splits < 1:
+            raise ValueError(f"decode_splits={self.decode_splits} must be positive")
+
+    def decodes(self, heads_per_kv: int) -> Launch:
+        rows = max(_MIN_ROWS, pl.next_power_of_2(heads_per_kv))
+        return Launch(rows, self.decode_keys, self.decode_splits, self.decode_warps, self.decode_stages)
+
+    def tiles(self, heads_per_kv: int) -> Launch:
+        rows = max(self.tile_rows, pl.next_power_of_2(heads_per_kv))
+        return Launch(rows, self.tile_keys, 1, self.tile_warps, self.tile_stages)
 
 
-def decode_config(num_sequences: int, kv_heads: int, heads_per_kv: int, max_keys: int, dtype: jnp.dtype) -> Config:
-    """Splits keys until two programs for each of an H200's 132 cores are there, and no share is below 256 keys.
+CHOICES = {
+    "decode_keys": (32, 64, 128),
+    "decode_splits": (1, 2, 4, 8, 16, 32),
+    "decode_warps": (2, 4, 8),
+    "decode_stages": (1, 2, 3, 4),
+    "tile_rows": (32, 64, 128),
+    "tile_keys": (32, 64, 128),
+    "tile_warps": (4, 8),
+    "tile_stages": (1, 2, 3),
+}
+"""What `pallas_kernels.tune` tries, field by field."""
 
-    Args:
-      num_sequences: S.
-      kv_heads, heads_per_kv: G and H / G.
-      max_keys: P * K, the longest sequence.
-      dtype: of the cache.
+
+def choose_tuning(problem: Problem) -> Tuning:
+    """The heuristic: two programs of decodes for each of an H200's 132 cores, but no share of keys below 256.
+
+    Tiles fill a tensor core in bfloat16; they are smaller in float32, which has none and needs the registers.
     """
-    wanted = pl.next_power_of_2(pl.cdiv(2 * 132, num_sequences * kv_heads))
-    rows = max(_MIN_ROWS, pl.next_power_of_2(heads_per_kv))
-    keys = 64 if dtype == jnp.bfloat16 else 32
-    return Config(rows=rows, keys=keys, num_splits=max(1, min(wanted, max_keys // 256, 32)))
+    decodes = min(problem.num_sequences, problem.num_tokens)
+    wanted = pl.next_power_of_2(pl.cdiv(2 * 132, decodes * problem.kv_heads))
+    keys, rows = (64, 64) if problem.dtype == "bfloat16" else (32, 32)
+    splits = max(1, min(wanted, problem.max_keys // 256, 32))
+    return Tuning(decode_keys=keys, decode_splits=splits, tile_rows=rows, tile_keys=keys)
 
 
-def prefill_config(heads_per_kv: int, dtype: jnp.dtype) -> Config:
-    """Tiles that fill a tensor core in bfloat16; smaller ones in float32, which has none and needs the registers.
-
-    Args:
-      heads_per_kv: H / G.
-      dtype: of the cache.
-    """
-    rows, keys = (64, 64) if dtype == jnp.bfloat16 else (32, 32)
-    return Config(rows=max(rows, pl.next_power_of_2(heads_per_kv)), keys=keys)
-
-
-@functools.partial(jax.jit, static_argnames=("scale", "window", "interpret"))
+@functools.partial(jax.jit, static_argnames=("scale", "window", "interpret", "tuning"))
 def ragged_paged_attention(
     q: Array,
     k_new: Array,
@@ -99,26 +128,25 @@ def ragged_paged_attention(
     scale: float,
     window: int | None,
     interpret: bool = False,
+    tuning: Tuning | None = None,
 ) -> tuple[Array, tuple[Array, Array]]:
-    """See `pallas_kernels.ragged_paged_attention.api`."""
+    """See `pallas_kernels.ragged_paged_attention.api`; `tuning` None: by heuristic."""
+    problem = problem_of(q, kv_cache, block_tables)
+    tuning = choose_tuning(problem) if tuning is None else tuning
     kv_cache = write_kv(k_new, v_new, kv_cache, write_indices, interpret=interpret)
-    num_tokens, heads, _ = q.shape
-    num_sequences, max_blocks = block_tables.shape
-    kv_heads, block_size = kv_cache[0].shape[1:3]
-    dtype = kv_cache[0].dtype
+    num_tokens, heads_per_kv = problem.num_tokens, problem.heads_per_kv
     attend = functools.partial(_attend, q, kv_cache, block_tables, scale=scale, window=window, interpret=interpret)
     out = jnp.zeros(q.shape, jnp.float32)
     rows = jnp.arange(num_tokens)[:, None, None]
     if num_tokens > 1:  # a single token is a decode
-        config = prefill_config(heads // kv_heads, dtype)
-        tile_rows = config.rows // pl.next_power_of_2(heads // kv_heads)
+        launch = tuning.tiles(heads_per_kv)
+        tile_rows = launch.rows // pl.next_power_of_2(heads_per_kv)
         tiles = prefill_tiles(
             chunk_starts, kv_lens, num_decodes, num_chunks, num_tokens=num_tokens, tile_rows=tile_rows
         )
-        out = jnp.where(rows < chunk_starts[num_chunks], attend(tiles, num_tokens, config), out)
-    num_rows = min(num_sequences, num_tokens)
-    config = decode_config(num_rows, kv_heads, heads // kv_heads, max_blocks * block_size, dtype)
-    decoded = attend(decode_tiles(kv_lens[:num_rows], num_decodes), num_rows, config)
+        out = jnp.where(rows < chunk_starts[num_chunks], attend(tiles, num_tokens, launch), out)
+    num_rows = min(problem.num_sequences, num_tokens)
+    decoded = attend(decode_tiles(kv_lens[:num_rows], num_decodes), num_rows, tuning.decodes(heads_per_kv))
     decoded = jnp.pad(decoded, ((0, num_tokens - num_rows), (0, 0), (0, 0)))
     return jnp.where(rows < num_decodes, decoded, out), kv_cache
 
@@ -163,7 +191,7 @@ def _attend(
     block_tables: Array,
     tiles: Tiles,
     num_rows: int,
-    config: Config,
+    launch: Launch,
     *,
     scale: float,
     window: int | None,
@@ -177,7 +205,7 @@ def _attend(
       block_tables: i32[S, P].
       tiles: what to compute; every row of the batch is in at most one.
       num_rows: rows from here on are in no tile.
-      config: how to cut it.
+      launch: how to cut it.
       scale: multiplies the scores.
       window: keys that a row sees, or None.
       interpret: runs anywhere, slowly.
@@ -187,15 +215,15 @@ def _attend(
     """
     heads, head_dim = q.shape[1:]
     kv_heads = kv_cache[0].shape[1]
-    splits = config.num_splits
+    splits = launch.splits
     shapes = [jax.ShapeDtypeStruct((splits, num_rows, heads, head_dim), jnp.float32)]
     if splits > 1:
         shapes.append(jax.ShapeDtypeStruct((splits, num_rows, heads), jnp.float32))
     out, *lse = pl.pallas_call(
-        functools.partial(_kernel, config=config, scale=scale, window=window),
+        functools.partial(_kernel, launch=launch, scale=scale, window=window),
         grid=(tiles.chunks.shape[0], kv_heads, splits),
         out_shape=shapes,
-        compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
+        compiler_params=plgpu.CompilerParams(num_warps=launch.warps, num_stages=launch.stages),
         interpret=interpret,
         name="ragged_paged_attention",
     )(tiles.chunks, tiles.first_rows, tiles.num_rows, tiles.positions, block_tables, q, *kv_cache)
@@ -206,7 +234,7 @@ def _attend(
 
 
 def _kernel(
-    chunks, first_rows, num_rows, positions, tables, q_ref, k_cache, v_cache, out_ref, *lse_ref, config, scale, window
+    chunks, first_rows, num_rows, positions, tables, q_ref, k_cache, v_cache, out_ref, *lse_ref, launch, scale, window
 ) -> None:
     """One tile, one KV head, one share of the keys."""
     tile, kv_head, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
@@ -219,7 +247,7 @@ def _kernel(
     @pl.when(live_rows > 0)
     def _():
         chunk, first_row, position = chunks[tile], first_rows[tile], positions[tile]
-        lanes = jnp.arange(config.rows)
+        lanes = jnp.arange(launch.rows)
         row, head = lax.div(lanes, padded_heads), lax.rem(lanes, padded_heads)
         live = (row < live_rows) & (head < heads_per_kv)
         mask = live[:, None] & (columns < head_dim)
@@ -230,17 +258,17 @@ def _kernel(
 
         end = position + live_rows
         start = 0 if window is None else jnp.maximum(position - window + 1, 0)
-        first_step, last_step = lax.div(start, config.keys), lax.div(end + config.keys - 1, config.keys)
-        share = lax.div(last_step - first_step + config.num_splits - 1, config.num_splits)
+        first_step, last_step = lax.div(start, launch.keys), lax.div(end + launch.keys - 1, launch.keys)
+        share = lax.div(last_step - first_step + launch.splits - 1, launch.splits)
         first_step = first_step + split * share
         last_step = jnp.minimum(first_step + share, last_step)
 
         def step(i, carry):
             best, total, out = carry
-            keys = i * config.keys + jnp.arange(config.keys)
+            keys = i * launch.keys + jnp.arange(launch.keys)
             wanted = (keys >= start) & (keys < end)
-            if config.keys <= block_size:
-                block = jnp.broadcast_to(tables[chunk, lax.div(i * config.keys, block_size)], keys.shape)
+            if launch.keys <= block_size:
+                block = jnp.broadcast_to(tables[chunk, lax.div(i * launch.keys, block_size)], keys.shape)
             else:
                 entries = tables.at[jnp.broadcast_to(chunk, keys.shape), lax.div(keys, block_size)]
                 block = plgpu.load(entries, mask=wanted, other=0)
@@ -259,7 +287,7 @@ def _kernel(
             update = _product(weights.astype(v.dtype), v)
             return new_best, total * shrink + weights.sum(axis=1), out * shrink[:, None] + update
 
-        rows = config.rows
+        rows = launch.rows
         zeros = jnp.zeros((rows, head_dim), jnp.float32)
         carry = (jnp.full(rows, _MASKED, jnp.float32), jnp.zeros(rows, jnp.float32), zeros)
         best, total, out = lax.fori_loop(first_step, last_step, step, carry)

@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.experimental.layout import Format, Layout
 
 from pallas_kernels.ragged_paged_attention import BACKENDS
 from tests.kernels.abstract import on_h200
@@ -25,8 +24,6 @@ TARGETS = {
     "TPU v5e": ("tpu", "v5e:2x4"),
     "TPU v6e": ("tpu", "v6e:2x2"),
 }
-
-ROW_MAJOR = Layout((0, 1, 2, 3))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +77,6 @@ def sharding_of(target: str, spec: jax.sharding.PartitionSpec | None = None) -> 
 def device_of(backend: str):
     """The context in which a backend's kernel is traced and lowered."""
     return on_h200() if BACKENDS[backend].platform == "cuda" else contextlib.nullcontext()
-
-
-def row_major(sharding: jax.sharding.Sharding) -> Format:
-    """For the cache: left to itself a TPU lays heads of 64 out otherwise, and copies the whole cache for the kernel."""
-    return Format(ROW_MAJOR, sharding)
 
 
 def compile_lowered(lowered: jax.stages.Lowered, platform: str) -> Compiled:

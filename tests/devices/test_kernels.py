@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from pallas_kernels.ragged_paged_attention import BACKENDS, ragged_paged_attention
-from tests.devices.compiling import compile_lowered, device_of, row_major, sharding_of
+from sarathi_jax.kv.cache import row_major
+from tests.devices.compiling import compile_lowered, device_of, sharding_of
 
 # Look-ups in the block table that a thread makes a step, for keys of its own; the Hopper kernel reads the nine numbers
 # of its next piece of work besides.

@@ -51,7 +51,7 @@ def test_configuration(config):
     kernels = {kernel.name.removesuffix("_mosaic_gpu_kernel"): kernel for kernel in compiled.kernels}
     assert set(kernels) == {"write_kv", "ragged_paged_attention"}
     assert kernels["write_kv"].spilled_bytes == 0
-    check_attention(kernels["ragged_paged_attention"], config, mosaic_gpu.choose_tuning(config.head_dim).step_keys)
+    check_attention(kernels["ragged_paged_attention"], config, mosaic_gpu.Tuning().step_keys)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from pallas_kernels.ragged_paged_attention import BACKENDS, ragged_paged_attention
-from pallas_kernels.ragged_paged_attention.cases import CASES, groups
+from pallas_kernels.ragged_paged_attention.cases import CASES
 from sarathi_jax.config import CacheConfig, EngineConfig
 from sarathi_jax.runner import StepProgram
 from sarathi_jax.weights.directory import load_model_yaml
@@ -32,13 +32,11 @@ def device_of(backend: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("backend", DEVICE_BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [(name, dtype) for name in DEVICE_BACKENDS for dtype in BACKENDS[name].dtypes or ()]
+)
 def test_kernel(backend, dtype):
-    if dtype not in (BACKENDS[backend].dtypes or ()):
-        pytest.skip(f"{backend} does not serve {dtype}")
-    for name in groups():
-        case = CASES[name]
+    for name, case in CASES.items():
         call = functools.partial(ragged_paged_attention, scale=0.125, window=case.window, backend=backend)
         with device_of(backend):
             text = lower(backend, jax.jit(call, donate_argnums=3).trace(*shapes_of(case, dtype)))

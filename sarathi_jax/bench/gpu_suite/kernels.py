@@ -13,11 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from pallas_kernels.quantized_matmul import quantized_matmul
 from pallas_kernels.ragged_paged_attention import BACKENDS, ragged_paged_attention
+from pallas_kernels.ragged_paged_attention.cases import draw_cache, draw_chunks
+from pallas_kernels.ragged_paged_attention.tuning import Problem
 from sarathi_jax.bench.gpu_suite.attention import Shape, Workload, workloads
 from sarathi_jax.bench.gpu_suite.results import Results, Skipped
 from sarathi_jax.bench.gpu_suite.timing import Roofs, kernel_times, measure_roofs, roofs_of, time_calls
@@ -74,7 +75,9 @@ def time_attention(workload: Workload, backend: str, roofs: Roofs, dry_run: bool
         raise Skipped(f"for {served.platform}")
     if refusals := served.refusals(shape.head_dim, shape.block_size, jnp.bfloat16):
         raise Skipped(f"does not serve {', '.join(refusals)}")
-    caches, arguments = _caches(shape, 1 if dry_run else NUM_CACHES), _arguments(workload)
+    problem = _problem(shape)
+    caches = [draw_cache(problem, seed) for seed in range(1 if dry_run else NUM_CACHES)]
+    arguments = draw_chunks(problem, workload.chunks)
     program = _program(shape, backend, dry_run)
     state = {"q": arguments[0], "caches": caches}
 
@@ -159,7 +162,13 @@ def _weight(key: Array, shape: tuple[int, int], dtype: Any) -> Array:
 
 def _call(shape: Shape, backend: str, interpret: bool) -> Callable[..., tuple[Array, Cache]]:
     """Attention as a function of ``q, k_new, v_new, kv_cache, write_indices, ...``."""
-    return functools.partial(ragged_paged_attention, scale=shape.head_dim**-0.5, backend=backend, interpret=interpret)
+    return functools.partial(
+        ragged_paged_attention,
+        scale=shape.head_dim**-0.5,
+        backend=backend,
+        interpret=interpret,
+        device_kind=jax.devices()[0].device_kind,
+    )
 
 
 @functools.lru_cache(maxsize=8)
@@ -182,36 +191,14 @@ def _program(shape: Shape, backend: str, dry_run: bool) -> Callable[..., tuple[A
     return program
 
 
-def _caches(shape: Shape, number: int) -> list[Cache]:
-    """Random values in bfloat16, one pair a layer."""
-    blocks = -(-shape.max_kv // shape.block_size) * shape.num_sequences
-    size = (blocks, shape.kv_heads, shape.block_size, shape.head_dim)
-    draw = jax.jit(lambda key: jax.random.normal(key, size, jnp.bfloat16))
-    keys = jax.random.split(jax.random.key(3), 2 * number)
-    return [(draw(keys[2 * i]), draw(keys[2 * i + 1])) for i in range(number)]
-
-
-def _arguments(workload: Workload) -> list[Array]:
-    """Everything but the cache, in the order of `ragged_paged_attention`; blocks in random order."""
-    shape, chunks = workload.shape, workload.chunks
-    per_sequence = -(-shape.max_kv // shape.block_size)
-    tables = np.random.default_rng(0).permutation(per_sequence * shape.num_sequences).astype(np.int32)
-    tables = tables.reshape(shape.num_sequences, per_sequence)
-    lengths = np.asarray([length for length, _ in chunks] + [0] * (shape.num_sequences - len(chunks)))
-    kv_lens = np.zeros(shape.num_sequences, np.int32)
-    kv_lens[: len(chunks)] = [kv_len for _, kv_len in chunks]
-    writes = np.full(shape.num_tokens, tables.size * shape.block_size, np.int32)
-    positions = [np.arange(kv_len - length, kv_len) for length, kv_len in chunks]
-    slots = [
-        tables[s, p // shape.block_size] * shape.block_size + p % shape.block_size for s, p in enumerate(positions)
-    ]
-    writes[: lengths.sum()] = np.concatenate(slots)
-    keys = jax.random.split(jax.random.key(5), 3)
-    heads = (shape.heads, shape.kv_heads, shape.kv_heads)
-    q, k, v = (
-        jax.random.normal(key, (shape.num_tokens, n, shape.head_dim)) for key, n in zip(keys, heads, strict=True)
+def _problem(shape: Shape) -> Problem:
+    return Problem(
+        num_tokens=shape.num_tokens,
+        num_sequences=shape.num_sequences,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        block_size=shape.block_size,
+        max_keys=-(-shape.max_kv // shape.block_size) * shape.block_size,
+        dtype="bfloat16",
     )
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    num_decodes = sum(length == 1 for length, _ in chunks)
-    host = (writes, starts, kv_lens, tables, np.int32(num_decodes), np.int32(len(chunks)))
-    return [q, k, v, *map(jnp.asarray, host)]

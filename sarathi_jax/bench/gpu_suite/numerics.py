@@ -1,7 +1,4 @@
-"""Every backend on every named case against float64 in numpy, and the products with 8-bit weights.
-
-The reference is independent of `reference.py`, which is float32: it gathers a sequence's keys and computes in float64.
-"""
+"""Every backend on every named case against float64 in numpy, and the products with 8-bit weights."""
 
 import dataclasses
 import functools
@@ -17,8 +14,8 @@ import numpy as np
 from pallas_kernels.quantized_matmul import quantize_weight, quantized_matmul
 from pallas_kernels.quantized_matmul import reference as product_reference
 from pallas_kernels.ragged_paged_attention import BACKENDS, ragged_paged_attention
+from pallas_kernels.ragged_paged_attention import reference as attention_reference
 from pallas_kernels.ragged_paged_attention.cases import CASES, Case, Size, build, groups
-from pallas_kernels.ragged_paged_attention.reference import write_kv
 from sarathi_jax.bench.gpu_suite.results import Results, Skipped
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
@@ -78,7 +75,9 @@ def check_attention(case: Case, size: Size, backend: str, dtype: str, dry_run: b
     shape = dataclasses.replace(case, chunks=(), padding=0, spare_sequences=0)
     program = _program(shape, backend, dry_run)
     (out, cache), (again, _) = (jax.tree.map(np.asarray, program(*map(_to_device, arguments))) for _ in range(2))
-    expected, expected_cache = attention_float64(*arguments, scale=case.head_dim**-0.5, window=case.window)
+    expected, expected_cache = attention_reference.ragged_paged_attention(
+        *arguments, scale=case.head_dim**-0.5, window=case.window, dtype=np.float64
+    )
     pairs = [
         (ours.astype(np.float32), theirs.astype(np.float32)) for ours, theirs in zip(cache, expected_cache, strict=True)
     ]
@@ -105,41 +104,6 @@ def check_product(mode: Any, stored: str, rows: int, width: int, out: int) -> di
     expected = product_reference.quantized_matmul(x, values, scale, mode=mode)
     error = float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
     return {"norm_error": error, "ok": error <= PRODUCT_TOLERANCE}
-
-
-def attention_float64(
-    q: np.ndarray,
-    k_new: np.ndarray,
-    v_new: np.ndarray,
-    kv_cache: tuple[np.ndarray, np.ndarray],
-    write_indices: np.ndarray,
-    chunk_starts: np.ndarray,
-    kv_lens: np.ndarray,
-    block_tables: np.ndarray,
-    num_decodes: np.ndarray,
-    num_chunks: np.ndarray,
-    *,
-    scale: float,
-    window: int | None,
-) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """`pallas_kernels.ragged_paged_attention.api` in float64, row by row."""
-    del num_decodes
-    caches = write_kv(k_new, v_new, kv_cache, write_indices)
-    block_size, heads_per_kv = caches[0].shape[2], q.shape[1] // k_new.shape[1]
-    out = np.zeros(q.shape)
-    for s in range(int(num_chunks)):
-        first, end, kv_len = int(chunk_starts[s]), int(chunk_starts[s + 1]), int(kv_lens[s])
-        for row in range(first, end):
-            last = kv_len - end + row
-            seen = np.arange(0 if window is None else max(0, last - window + 1), last + 1)
-            blocks, offsets = block_tables[s, seen // block_size], seen % block_size
-            k, v = (cache[blocks, :, offsets].astype(np.float64) for cache in caches)
-            grouped = q[row].astype(np.float64).reshape(k.shape[1], heads_per_kv, -1)
-            scores = np.einsum("grd,kgd->grk", grouped, k) * scale
-            weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-            weights /= weights.sum(axis=-1, keepdims=True)
-            out[row] = np.einsum("grk,kgd->grd", weights, v).reshape(q.shape[1:])
-    return out, caches
 
 
 @functools.lru_cache(maxsize=8)
