@@ -17,7 +17,7 @@ import numpy as np
 
 from pallas_kernels.ragged_paged_attention import ragged_paged_attention, reference
 from sarathi_jax.batch import BatchLayout
-from sarathi_jax.config import CacheConfig, ModelConfig
+from sarathi_jax.config import CacheConfig, ModelConfig, Quantization
 from sarathi_jax.kv.blocks import BlockPool, BlockTable
 from sarathi_jax.models import ModelFunction
 from sarathi_jax.request import Request, SamplingParams
@@ -40,15 +40,23 @@ class PagedModel:
       params: dotted path -> array.
       max_len: longest text in tokens.
       backend: of attention; ``reference`` is the specification, in numpy: it cannot be compiled.
+      quantization: of `params`.
     """
 
-    def __init__(self, config: ModelConfig, params: Mapping[str, jax.Array], max_len: int, backend: str = "xla"):
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Mapping[str, jax.Array],
+        max_len: int,
+        backend: str = "xla",
+        quantization: Quantization | None = None,
+    ):
         self._config = config
         self._params = params
         num_blocks = MAX_SEQS * -(-max_len // BLOCK_SIZE)
         self._cache = CacheConfig(num_blocks=num_blocks, block_size=BLOCK_SIZE, max_model_len=max_len)
         self._layout = BatchLayout(BUCKET, MAX_SEQS, self._cache)
-        step = functools.partial(_step, ModelFunction(config, jnp.float32), config, self._layout)
+        step = functools.partial(_step, ModelFunction(config, jnp.float32, quantization), config, self._layout)
         if backend == "reference":
             self._step = functools.partial(step, reference.ragged_paged_attention)
         else:
@@ -111,14 +119,15 @@ class PagedModel:
         return [(jnp.full(shape, jnp.nan), jnp.full(shape, jnp.nan)) for _ in range(self._config.num_layers)]
 
 
-def load_model(directory: Path) -> tuple[ModelConfig, dict[str, jax.Array]]:
+def load_model(directory: Path, quantization: Quantization | None = None) -> tuple[ModelConfig, dict[str, jax.Array]]:
     """Configuration and float32 parameters of a Hugging Face or Orbax directory.
 
     Args:
       directory: holds ``config.json`` and the weights.
+      quantization: of the weights of products, or None.
     """
     config = load_model_config(directory)
-    return config, load_parameters(directory, config, "float32", progress=False)
+    return config, load_parameters(directory, config, "float32", quantization=quantization, progress=False)
 
 
 def _text(seq_id: int, tokens: Sequence[int]) -> Text:
