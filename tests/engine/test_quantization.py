@@ -24,8 +24,9 @@ def test_accuracy_of_the_model_that_ships():
         assert abs(row["perplexity_ratio"] - 1) < 0.01
 
 
-# Share of the logits' scale; rows of these models are only 64 numbers long, so little averages out.
-LARGEST_ERROR = {"w8": 0.03, "w8_fp8": 0.1, "w8a8": 0.05}
+# Largest error of any logit, as a share of the largest; rows of these models are only 64 numbers long, so little averages
+# out.
+LARGEST_ERROR = {"w8": 0.05, "w8_fp8": 0.35, "w8a8": 0.08}
 
 
 @pytest.mark.slow
