@@ -48,9 +48,9 @@ def check_attention(kernel: Ptx, config: Config, step_keys: int) -> None:
 def test_configuration(config):
     compiled = compile_lowered(lower(config), "cuda")
     assert compiled.executable.memory_analysis().alias_size_in_bytes >= bytes_of(config.shapes())
+    # Mosaic compiles equal modules of a process once: `write_kv` may have been seen in an earlier test.
     kernels = {kernel.name.removesuffix("_mosaic_gpu_kernel"): kernel for kernel in compiled.kernels}
-    assert set(kernels) == {"write_kv", "ragged_paged_attention"}
-    assert kernels["write_kv"].spilled_bytes == 0
+    assert all(kernel.spilled_bytes == 0 for kernel in kernels.values())
     check_attention(kernels["ragged_paged_attention"], config, mosaic_gpu.Tuning().step_keys)
 
 
