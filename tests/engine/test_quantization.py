@@ -24,8 +24,7 @@ def test_accuracy_of_the_model_that_ships():
         assert abs(row["perplexity_ratio"] - 1) < 0.01
 
 
-# Largest error of any logit, as a share of the largest; rows of these models are only 64 numbers long, so little averages
-# out.
+# Of any logit, as a share of the largest; rows of these models are only 64 numbers long: little averages out.
 LARGEST_ERROR = {"w8": 0.05, "w8_fp8": 0.35, "w8a8": 0.08}
 
 
