@@ -23,12 +23,16 @@ run: $(VENV)/.ready  ## generates text from the shipped checkpoint
 	$(VENV)/bin/python main.py generate --prompt "$(PROMPT)" --max_tokens 250 --temperature 0.7 --top_p 0.9 --seed 7
 
 .PHONY: test
-test: $(VENV)/.ready  ## everything that needs no torch and no GPU, but for the longest interpretations of kernels
-	$(VENV)/bin/python $(PYTEST) -m "not interpret" $(ARGS)
+test: $(VENV)/.ready  ## everything that needs no torch and no GPU, but for the longest tests of kernels and meshes
+	$(VENV)/bin/python $(PYTEST) -m "not kernels and not parallel" $(ARGS)
 
 .PHONY: test-kernels
-test-kernels: $(VENV)/.ready  ## interprets every kernel on every case and through the engine
-	$(VENV)/bin/python $(PYTEST) -m interpret $(ARGS)
+test-kernels: $(VENV)/.ready  ## interprets and lowers every kernel on every case, and through the engine
+	$(VENV)/bin/python $(PYTEST) -m kernels $(ARGS)
+
+.PHONY: test-parallel
+test-parallel: $(VENV)/.ready  ## serves models of every family from 2, 4 and 8 virtual devices
+	$(VENV)/bin/python $(PYTEST) -m parallel $(ARGS)
 
 .PHONY: test-oracle
 test-oracle: $(VENV)/.ready .venv-oracle/.ready  ## compares live with Hugging Face transformers on CPU torch
@@ -46,7 +50,7 @@ golden: $(VENV)/.ready .venv-oracle/.ready  ## makes the golden values of tests/
 test-jax:  ## the tests on another JAX: make test-jax JAX=0.11.2
 	@[ -n "$(JAX)" ] || { echo "which JAX? for example: make test-jax JAX=0.11.2" >&2; exit 2; }
 	$(MAKE) --no-print-directory $(VENV)-jax-$(JAX)/.ready
-	$(VENV)-jax-$(JAX)/bin/python $(PYTEST) -m "not interpret" $(ARGS)
+	$(VENV)-jax-$(JAX)/bin/python $(PYTEST) -m "not kernels and not parallel" $(ARGS)
 
 .PHONY: check
 check: $(VENV)/.ready-dev  ## lint, types, import order, fast tests: before every commit

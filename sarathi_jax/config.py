@@ -117,6 +117,7 @@ class EngineConfig:
         the fast one on CPU); None: weights as they are. Embedding, norms and biases keep `dtype`.
       attention_backend: ``xla`` (anywhere); on its own platform one of the kernels, experimental until measured there:
         ``triton`` (NVIDIA, Ampere on), ``mosaic_gpu`` (NVIDIA Hopper, bfloat16) or ``mosaic_tpu`` (TPU).
+      tp: devices over which every layer is split (tensor parallelism).
       overlap: schedule step k+1 while step k runs.
       seed: where requests without a seed draw theirs from; None: from the operating system.
     """
@@ -131,6 +132,7 @@ class EngineConfig:
     memory_fraction: float = 0.9
     quantization: Quantization | None = None
     attention_backend: str = "xla"
+    tp: int = 1
     overlap: bool = True
     seed: int | None = None
 
@@ -139,7 +141,7 @@ class EngineConfig:
             raise ConfigError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             raise ConfigError(f"quantization={self.quantization!r} is not one of {', '.join(QUANTIZATIONS)}")
-        for name in ("max_num_seqs", "token_budget", "block_size"):
+        for name in ("max_num_seqs", "token_budget", "block_size", "tp"):
             if not _is_count(getattr(self, name)):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be a positive integer")
         for name in ("max_model_len", "num_blocks"):

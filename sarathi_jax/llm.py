@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import itertools
 import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from sarathi_jax.config import CacheConfig, Dtype, EngineConfig, ModelConfig
 from sarathi_jax.engine import Engine
 from sarathi_jax.executor import DeviceExecutor
 from sarathi_jax.kv.blocks import BlockPool
+from sarathi_jax.parallel import TensorSplit, make_mesh
 from sarathi_jax.request import RequestError, RequestOutput, SamplingParams
 from sarathi_jax.resources import checkpoint_path
 from sarathi_jax.runner import Runner, StartUp
@@ -25,6 +27,7 @@ from sarathi_jax.sizing import plan_cache
 from sarathi_jax.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from sarathi_jax.weights.checkpoint import load_parameters, random_parameters, stored_dtype
 from sarathi_jax.weights.directory import load_model_config, load_model_yaml
+from sarathi_jax.weights.quantized import put_on_default_device
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -82,13 +85,18 @@ class LLM:
             dtype = "bfloat16" if is_yaml else stored_dtype(self._path, self.model_config)
         self.engine_config = EngineConfig(dtype=dtype, **config)
         self.tokenizer: Tokenizer | None = None if is_yaml else load_tokenizer(self._path)
+        split = TensorSplit(self.model_config, self.engine_config.tp)
+        mesh = make_mesh(split.size, jax.devices())
+        put = put_on_default_device if split.size == 1 else functools.partial(split.put, mesh)
         quantization = self.engine_config.quantization
         if is_yaml:
-            params = random_parameters(self.model_config, dtype, 0, quantization)
+            params = random_parameters(self.model_config, dtype, 0, quantization, put)
         else:
-            params = load_parameters(self._path, self.model_config, dtype, quantization=quantization, progress=progress)
-        self.cache_config = plan_cache(self.model_config, self.engine_config)
-        self._runner = Runner(self.model_config, params, self.engine_config, self.cache_config, progress)
+            params = load_parameters(
+                self._path, self.model_config, dtype, quantization=quantization, put=put, progress=progress
+            )
+        self.cache_config = plan_cache(self.model_config, self.engine_config, mesh)
+        self._runner = Runner(self.model_config, params, self.engine_config, self.cache_config, mesh, progress)
         self._engine: Engine | None = build_engine(
             self.model_config, self.engine_config, self.cache_config, self._runner, self.tokenizer
         )
@@ -329,7 +337,7 @@ def build_engine(
         max_model_len=cache.max_model_len,
     )
     sequences = {}
-    sampling = SamplingTable(engine.max_running, model.vocab_size)
+    sampling = SamplingTable(engine.max_running, model.vocab_size, runner.everywhere)
     executor = DeviceExecutor(runner, sampling, sequences, scheduler.table)
     return Engine(model, engine, cache, scheduler, executor, sequences, tokenizer)
 

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from pallas_kernels.ragged_paged_attention import check_platform, ragged_paged_attention
@@ -19,6 +20,8 @@ from sarathi_jax.compiling import CompileCounter
 from sarathi_jax.config import CacheConfig, EngineConfig, ModelConfig
 from sarathi_jax.kv.cache import KVCache, allocate_cache, cache_shapes, row_major
 from sarathi_jax.models import Attend, ModelFunction
+from sarathi_jax.parallel.logits import gather_logits, sample_split
+from sarathi_jax.parallel.tensor import AXIS, CACHE_SPEC, TensorSplit, spec_of
 from sarathi_jax.sampling import Drawn, SamplingParamsArrays, SamplingTable, prompt_logprobs, sample
 
 _MAX_COMPILE_THREADS = 4
@@ -59,11 +62,6 @@ def scratch_bytes(program: jax.stages.Compiled) -> int:
     return 0 if memory is None else memory.temp_size_in_bytes
 
 
-def default_sharding() -> jax.sharding.Sharding:
-    """All on the default device."""
-    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-
 class StepProgram:
     """What one step computes, as a pure function of parameters, cache, history, batch and sampling parameters.
 
@@ -79,48 +77,65 @@ class StepProgram:
         self._cache = cache
         self._num_rows = engine.max_running
         self._dtype = jnp.dtype(engine.dtype)
-        self._function = ModelFunction(model, self._dtype, engine.quantization)
+        self._split = TensorSplit(model, engine.tp)
+        self._axis = AXIS if engine.tp > 1 else None
+        self._function = ModelFunction(self._split.local, self._dtype, engine.quantization, self._axis)
+        self._shapes = ModelFunction(self._split.widened, self._dtype, engine.quantization).shapes
         self._backend = engine.attention_backend
         self._device_kind = device_kind
         self.layouts = {bucket: BatchLayout(bucket, engine.max_running, cache) for bucket in engine.buckets}
         # Flat leaves: handing a nested state to a compiled program costs more than a small step.
-        self.parameter_names = tuple(self._function.shapes)
+        self.parameter_names = tuple(self._shapes)
 
     @property
     def history_shape(self) -> tuple[int, int]:
         """[R, L + 1]: every row's tokens, and a place for the one drawn behind the longest sequence."""
         return self._num_rows, self._cache.max_model_len + 1
 
-    def compile(self, bucket: int) -> jax.stages.Compiled:
-        """Compiles the step of a bucket from shapes alone, for the default device."""
-        return self.trace(bucket, default_sharding()).lower().compile()
+    def compile(self, bucket: int, mesh: Mesh) -> jax.stages.Compiled:
+        """Compiles the step of a bucket from shapes alone."""
+        return self.trace(bucket, mesh).lower().compile()
 
-    def trace(self, bucket: int, sharding: jax.sharding.Sharding | None = None) -> jax.stages.Traced:
+    def trace(self, bucket: int, mesh: Mesh | None = None) -> jax.stages.Traced:
         """Traces the step of a bucket from shapes alone; cache and history are donated, so updated in place.
 
         Args:
           bucket: one of `layouts`.
-          sharding: of every argument, on a device that may be there or not; None leaves the place open, and with it how
-            the cache lies in memory.
+          mesh: `tp` devices, which may be there or not; None leaves the place open, and with it how the cache lies in
+            memory: for one device.
         """
         layout = self.layouts[bucket]
 
         def step(params, cache, history, buffer, sampling):
             return self._step(params, cache, history, layout.unpack(buffer), sampling)
 
-        shapes = self._function.shapes
-        params = tuple(shapes[name] for name in self.parameter_names)
+        params = tuple(self._shapes[name] for name in self.parameter_names)
+        specs = tuple(map(spec_of, self.parameter_names))
         history = jax.ShapeDtypeStruct(self.history_shape, jnp.int32)
         buffer = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
         sampling = SamplingTable(self._num_rows, self._model.vocab_size).arrays()
-        state, format = (params, history, buffer, sampling), None
-        if sharding is not None:
-            state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
-            format = row_major(sharding)
-        params, history, buffer, sampling = state
-        cache = cache_shapes(self._model, self._cache, self._dtype, format)
+        if mesh is None:
+            cache = cache_shapes(self._split.widened, self._cache, self._dtype)
+            return jax.jit(step, donate_argnums=(1, 2)).trace(params, cache, history, buffer, sampling)
+        everywhere = PartitionSpec()
+        if self._axis is not None:
+            step = jax.shard_map(
+                step,
+                mesh=mesh,
+                in_specs=(specs, CACHE_SPEC, everywhere, everywhere, everywhere),
+                out_specs=(CACHE_SPEC, everywhere, everywhere),
+                check_vma=False,
+            )
+
+        def placed(x, spec=everywhere):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+        format = row_major(NamedSharding(mesh, CACHE_SPEC))
+        cache = cache_shapes(self._split.widened, self._cache, self._dtype, format)
         program = jax.jit(step, donate_argnums=(1, 2), out_shardings=(format, None, None))
-        return program.trace(params, cache, history, buffer, sampling)
+        return program.trace(
+            tuple(map(placed, params, specs)), cache, placed(history), placed(buffer), jax.tree.map(placed, sampling)
+        )
 
     def _step(
         self,
@@ -138,11 +153,17 @@ class StepProgram:
         hidden, cache = model.hidden(tokens, batch.positions, self._attend(batch), cache)
         last = jnp.maximum(batch.chunk_starts[1:] - 1, 0)
         active = batch.samples != 0
-        drawn = sample(model.logits(hidden[last]), batch.rows, batch.kv_lens, history, sampling, active)
+        asked = batch.rows, batch.kv_lens, history, sampling, active
+        if self._axis is None:
+            drawn, head = sample(model.logits(hidden[last]), *asked), model.logits
+        else:
+            axis, vocab_size = self._axis, self._model.vocab_size
+            drawn = sample_split(model.logits(hidden[last]), axis, vocab_size, *asked)
+            head = lambda hidden: gather_logits(model.logits(hidden), axis, vocab_size)  # noqa: E731
         rows = jnp.where(active, batch.rows, history.shape[0])
         history = history.at[rows, batch.kv_lens].set(drawn.tokens, mode="drop")
         wants_prompt = jnp.any(batch.targets >= 0)
-        return cache, history, StepOutput(drawn, prompt_logprobs(hidden, model.logits, batch.targets, wants_prompt))
+        return cache, history, StepOutput(drawn, prompt_logprobs(hidden, head, batch.targets, wants_prompt))
 
     def _attend(self, batch: StepBatch[jax.Array]) -> Attend:
         def attend(layer, q, k, v, layer_cache):
@@ -174,6 +195,7 @@ class Runner:
       params: dotted path -> array, as `ModelFunction.shapes`.
       engine: buckets, rows, dtype, attention backend.
       cache: size of the KV cache.
+      mesh: the devices, `tp` of them.
       progress: shows a bar while compiling.
     """
 
@@ -183,19 +205,21 @@ class Runner:
         params: Mapping[str, jax.Array],
         engine: EngineConfig,
         cache: CacheConfig,
+        mesh: Mesh,
         progress: bool = True,
     ):
         check_platform(engine.attention_backend, jax.default_backend())
         logging.info("attention backend: %s", engine.attention_backend)
         program = StepProgram(model, engine, cache, jax.devices()[0].device_kind)
         self.layouts = program.layouts
-        self._params = tuple(params[name] for name in program.parameter_names)
+        self.parameter_names = program.parameter_names
+        self.params = tuple(params[name] for name in program.parameter_names)
         self._compiles = CompileCounter()
         start_s = time.perf_counter()
         # Largest first: with several cores the last one to finish should be a small one.
         order = engine.buckets[::-1]
         with ThreadPoolExecutor(min(_MAX_COMPILE_THREADS, os.cpu_count() or 1)) as threads:
-            compiled = threads.map(program.compile, order)
+            compiled = threads.map(lambda bucket: program.compile(bucket, mesh), order)
             bar = tqdm(compiled, "compile", total=len(order), unit="program", disable=not progress, leave=False)
             self.programs: dict[int, jax.stages.Compiled] = dict(zip(order, bar, strict=True))
         self.start_up = StartUp(
@@ -203,8 +227,10 @@ class Runner:
             compile_s=time.perf_counter() - start_s,
             temp_bytes=max(map(scratch_bytes, self.programs.values())),
         )
-        self._cache = allocate_cache(model, cache, jnp.dtype(engine.dtype), row_major(default_sharding()))
-        self._history = jnp.zeros(program.history_shape, jnp.int32)
+        format = row_major(NamedSharding(mesh, CACHE_SPEC))
+        self.cache = allocate_cache(TensorSplit(model, engine.tp).widened, cache, jnp.dtype(engine.dtype), format)
+        self.everywhere = NamedSharding(mesh, PartitionSpec())
+        self._history = jax.device_put(np.zeros(program.history_shape, np.int32), self.everywhere)
         self.num_late_compiles = 0
 
     def run(self, bucket: int, buffer: np.ndarray, sampling: SamplingParamsArrays) -> StepOutput:
@@ -216,8 +242,8 @@ class Runner:
           sampling: parameters of every row.
         """
         before = self._compiles.count
-        self._cache, self._history, output = self.programs[bucket](
-            self._params, self._cache, self._history, jax.device_put(buffer), sampling
+        self.cache, self._history, output = self.programs[bucket](
+            self.params, self.cache, self._history, jax.device_put(buffer, self.everywhere), sampling
         )
         if self._compiles.count != before:
             self.num_late_compiles += self._compiles.count - before

@@ -2,15 +2,16 @@
 
 from pathlib import Path
 
-import jax
+from jax.sharding import Mesh
 
 from sarathi_jax.config import CacheConfig, ConfigError, EngineConfig, ModelConfig
 from sarathi_jax.kv.cache import block_bytes
+from sarathi_jax.parallel import TensorSplit
 from sarathi_jax.runner import StepProgram, scratch_bytes
 
 
-def plan_cache(model: ModelConfig, engine: EngineConfig) -> CacheConfig:
-    """Sizes the cache; call it when the weights are on the device.
+def plan_cache(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> CacheConfig:
+    """Sizes the cache; call it when the weights are on the devices.
 
     Without `num_blocks` the cache holds as many blocks as `max_num_seqs` sequences can use, or as many as fit.
 
@@ -34,12 +35,13 @@ def plan_cache(model: ModelConfig, engine: EngineConfig) -> CacheConfig:
     cache = CacheConfig(wanted, engine.block_size, max_model_len)
     if engine.num_blocks is not None:
         return cache
-    bytes_each, free = block_bytes(model, engine.block_size, engine.dtype), free_bytes()
+    served = TensorSplit(model, engine.tp).widened
+    bytes_each, free = block_bytes(served, engine.block_size, engine.dtype), free_bytes(mesh)
     if wanted * bytes_each <= free * engine.memory_fraction / 2:
         return cache
     # Scratch memory does not depend on the size of the cache, which is donated.
-    program = StepProgram(model, engine, cache, jax.devices()[0].device_kind).compile(engine.buckets[-1])
-    left = free - scratch_bytes(program)
+    program = StepProgram(model, engine, cache, mesh.devices.flat[0].device_kind).compile(engine.buckets[-1], mesh)
+    left = free - mesh.size * scratch_bytes(program)
     fits = int(left * engine.memory_fraction) // bytes_each
     if fits < 2:
         raise ConfigError(
@@ -49,11 +51,11 @@ def plan_cache(model: ModelConfig, engine: EngineConfig) -> CacheConfig:
     return CacheConfig(min(wanted, fits), engine.block_size, max_model_len)
 
 
-def free_bytes() -> int:
-    """Memory that is left on the default device; on a CPU, of the machine."""
-    stats = jax.devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats["bytes_in_use"]
+def free_bytes(mesh: Mesh) -> int:
+    """Memory that can be filled evenly on all devices, in all; on a CPU, of the machine."""
+    stats = [device.memory_stats() for device in mesh.devices.flat]
+    if all(one and "bytes_limit" in one for one in stats):
+        return mesh.size * min(one["bytes_limit"] - one["bytes_in_use"] for one in stats)
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024

@@ -50,19 +50,31 @@ def _dot(x: jax.Array, weight: jax.Array) -> jax.Array:
     return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
+def all_sum(x: jax.Array, axis: str | None) -> jax.Array:
+    """The sum over the devices of a mesh axis; without one, `x`."""
+    return x if axis is None else lax.psum(x, axis)
+
+
 class Linear(nnx.Module):
-    """A product with an optional bias: f32[T, in] -> f32[T, out...]."""
+    """A product with an optional bias: f32[T, in] -> f32[T, out...].
+
+    Where devices hold parts of the inputs, each of them has a share of the product: `share` on every device, `all_sum`
+    over them, then `add_bias`.
+    """
 
     def __init__(self, shape: tuple[int, ...], dtype: jnp.dtype, bias: bool = False):
         self.weight = nnx.Param(jnp.zeros(shape, dtype))
         self.bias = nnx.Param(jnp.zeros(shape[:-1], dtype)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        out = self._product(x)
-        return out if self.bias is None else out + self.bias[...].astype(jnp.float32)
+        return self.add_bias(self.share(x))
 
-    def _product(self, x: jax.Array) -> jax.Array:
+    def share(self, x: jax.Array) -> jax.Array:
+        """The product, without the bias."""
         return product(x, self.weight[...])
+
+    def add_bias(self, out: jax.Array) -> jax.Array:
+        return out if self.bias is None else out + self.bias[...].astype(jnp.float32)
 
 
 class QuantizedLinear(Linear):
@@ -75,7 +87,7 @@ class QuantizedLinear(Linear):
         self.bias = linear.bias
         self.mode: Mode = "w8a8" if quantization == "w8a8" else "w8"
 
-    def _product(self, x: jax.Array) -> jax.Array:
+    def share(self, x: jax.Array) -> jax.Array:
         weight = self.weight[...]
         flat = weight.reshape(-1, weight.shape[-1])
         out = quantized_matmul(x, flat, self.scale[...].reshape(-1), mode=self.mode)
@@ -83,13 +95,20 @@ class QuantizedLinear(Linear):
 
 
 class Embedding(nnx.Module):
-    """Token embedding: i32[T] -> f32[T, E]."""
+    """Token embedding: i32[T] -> f32[T, E]. The devices of `axis` hold the rows of consecutive tokens."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, dtype: jnp.dtype):
+    def __init__(self, vocab_size: int, hidden_size: int, dtype: jnp.dtype, axis: str | None):
         self.weight = nnx.Param(jnp.zeros((vocab_size, hidden_size), dtype))
+        self.axis = axis
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        return self.weight[...][tokens].astype(jnp.float32)
+        weight = self.weight[...]
+        if self.axis is None:
+            return weight[tokens].astype(jnp.float32)
+        own = tokens - lax.axis_index(self.axis) * weight.shape[0]
+        is_own = (own >= 0) & (own < weight.shape[0])
+        rows = weight[jnp.where(is_own, own, 0)].astype(jnp.float32)
+        return all_sum(jnp.where(is_own[:, None], rows, 0), self.axis)
 
 
 class RMSNorm(nnx.Module):
@@ -119,7 +138,7 @@ class LayerNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Projections, head norms and rotation around `Attend`.
+    """Projections, head norms and rotation around `Attend`; its result is the share of `out`, to be summed.
 
     The three input projections are one product. Its weight is grouped by KV head, [G, R + 2, D, E]: the group's R query
     heads, then its key head, then its value head, so that a split over KV heads is a split of the first axis.
@@ -143,7 +162,7 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q.reshape(rows, -1, q.shape[-1]), rotation)
         out, state = attend(layer, q, rotate(k, rotation), v, state)
-        return self.out(out.reshape(rows, -1)), state
+        return self.out.share(out.reshape(rows, -1)), state
 
 
 def rope_frequencies(config: RopeConfig, head_dim: int, max_position: int) -> tuple[np.ndarray, float]:

@@ -23,13 +23,16 @@ from sarathi_jax.models.layers import (
 
 
 class LanguageModel(nnx.Module):
-    """A decoder-only model. Layers are unrolled: a scan over stacked layers copies each layer's weights on CPU."""
+    """A decoder-only model. Layers are unrolled: a scan over stacked layers copies each layer's weights on CPU.
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype):
+    Under a mesh axis, `config` is what one device has of the model (`sarathi_jax.parallel.local_model`).
+    """
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, axis: str | None = None):
         layer_type, norm_type = (FalconLayer, LayerNorm) if config.architecture == "falcon" else (DecoderLayer, RMSNorm)
         self.config = config
-        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype)
-        self.layers = nnx.List([layer_type(config, dtype) for _ in range(config.num_layers)])
+        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype, axis)
+        self.layers = nnx.List([layer_type(config, dtype, axis) for _ in range(config.num_layers)])
         self.norm = norm_type(config.hidden_size, config.norm_eps, dtype)
         self.head = None if config.tie_embeddings else Linear((config.vocab_size, config.hidden_size), dtype)
 
@@ -55,7 +58,7 @@ class LanguageModel(nnx.Module):
         return self.norm(x), new_state
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Maps f32[T, E] to f32[T, V]."""
+        """Maps f32[T, E] to f32[T, V]; under a mesh axis V is of the device's own tokens."""
         return product(hidden, self.embed.weight[...]) if self.head is None else self.head(hidden)
 
 
@@ -66,11 +69,18 @@ class ModelFunction:
       config: the model.
       dtype: of its parameters.
       quantization: of the weights of its products, or None; a tied head is none of them.
+      axis: of the mesh over which its layers are split, or None; `config` is then one device's part.
     """
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, quantization: Quantization | None = None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: jnp.dtype,
+        quantization: Quantization | None = None,
+        axis: str | None = None,
+    ):
         def build() -> LanguageModel:
-            model = LanguageModel(config, dtype)
+            model = LanguageModel(config, dtype, axis)
             if quantization is not None:
                 _quantize(model, quantization)
             return model

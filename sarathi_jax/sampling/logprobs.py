@@ -34,7 +34,7 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array, num_wanted: jax.Array) 
         wants_top = (num_wanted > 0)[:, None]
         return jnp.where(num_wanted >= 0, chosen, 0), jnp.where(wants_top, ids, 0), jnp.where(wants_top, values, 0)
 
-    return lax.cond(jnp.any(num_wanted >= 0), compute, lambda: _nothing(len(tokens)))
+    return lax.cond(jnp.any(num_wanted >= 0), compute, lambda: no_logprobs(len(tokens)))
 
 
 def prompt_logprobs(
@@ -65,7 +65,7 @@ def prompt_logprobs(
             num_wanted = jnp.where(targets >= 0, MAX_LOGPROBS, -1)
             return token_logprobs(head_fn(hidden).astype(jnp.float32), jnp.maximum(targets, 0), num_wanted)
 
-        return lax.cond(jnp.any(targets >= 0), compute, lambda: _nothing(block))
+        return lax.cond(jnp.any(targets >= 0), compute, lambda: no_logprobs(block))
 
     def compute():
         blocks = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, block, hidden.shape[1])
@@ -73,7 +73,7 @@ def prompt_logprobs(
         results = lax.map(block_logprobs, (blocks, targets_of_blocks))
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_rows], results)
 
-    return lax.cond(jnp.asarray(wants), compute, lambda: _nothing(num_rows))
+    return lax.cond(jnp.asarray(wants), compute, lambda: no_logprobs(num_rows))
 
 
 def _top(logits: jax.Array, mass: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -88,5 +88,6 @@ def _no_top(num_rows: int) -> tuple[jax.Array, jax.Array]:
     return jnp.zeros((num_rows, MAX_LOGPROBS), jnp.int32), jnp.zeros((num_rows, MAX_LOGPROBS), jnp.float32)
 
 
-def _nothing(num_rows: int) -> Logprobs:
+def no_logprobs(num_rows: int) -> Logprobs:
+    """What `token_logprobs` gives to rows that want nothing."""
     return jnp.zeros(num_rows, jnp.float32), *_no_top(num_rows)

@@ -67,14 +67,7 @@ def sample(
       The tokens, and the log-probabilities that active rows want.
     """
     logits = logits.astype(jnp.float32)
-    temperature = jnp.where(active, params.temperature[rows], 0)
-    biased = active & (params.bias_ids[rows, 0] >= 0)
-    banned = active & (positions - params.num_prompt[rows] < params.min_tokens[rows])
-    penalised = active & (
-        (params.repetition_penalty[rows] != 1)
-        | (params.presence_penalty[rows] != 0)
-        | (params.frequency_penalty[rows] != 0)
-    )
+    temperature, biased, banned, penalised = _needs(rows, positions, params, active)
 
     def adjust():
         scores = _ban(_bias(logits, rows, biased, params), rows, banned, params)
@@ -87,7 +80,7 @@ def sample(
 
     def adjust_and_draw():
         scores = lax.cond(jnp.any(biased | banned | penalised), adjust, lambda: logits)
-        greedy = _first_argmax(scores)
+        greedy = first_argmax(scores)
         drawn = lax.cond(
             jnp.any(temperature > 0),
             lambda: _draw(scores, rows, positions, temperature, params),
@@ -97,10 +90,32 @@ def sample(
 
     # The greedy step without adjustments is a branch of its own, so that it never copies the logits.
     tokens = lax.cond(
-        jnp.any((temperature > 0) | biased | banned | penalised), adjust_and_draw, lambda: _first_argmax(logits)
+        jnp.any((temperature > 0) | biased | banned | penalised), adjust_and_draw, lambda: first_argmax(logits)
     )
     num_wanted = jnp.where(active, params.wants_logprobs[rows], -1)
     return Drawn(tokens, *token_logprobs(logits, tokens, num_wanted))
+
+
+def is_argmax(rows: jax.Array, positions: jax.Array, params: SamplingParamsArrays, active: jax.Array) -> jax.Array:
+    """Whether the likeliest tokens are all that the rows ask for: bool scalar. Arguments as of `sample`."""
+    temperature, biased, banned, penalised = _needs(rows, positions, params, active)
+    wants_logprobs = active & (params.wants_logprobs[rows] >= 0)
+    return ~jnp.any((temperature > 0) | biased | banned | penalised | wants_logprobs)
+
+
+def _needs(
+    rows: jax.Array, positions: jax.Array, params: SamplingParamsArrays, active: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Of each row: its temperature (0: greedy), whether it has a bias, a ban, a penalty."""
+    temperature = jnp.where(active, params.temperature[rows], 0)
+    biased = active & (params.bias_ids[rows, 0] >= 0)
+    banned = active & (positions - params.num_prompt[rows] < params.min_tokens[rows])
+    penalised = active & (
+        (params.repetition_penalty[rows] != 1)
+        | (params.presence_penalty[rows] != 0)
+        | (params.frequency_penalty[rows] != 0)
+    )
+    return temperature, biased, banned, penalised
 
 
 def _bias(scores: jax.Array, rows: jax.Array, biased: jax.Array, params: SamplingParamsArrays) -> jax.Array:
@@ -204,9 +219,9 @@ def _draw_above(scores: jax.Array, limit: jax.Array, keys: jax.Array) -> jax.Arr
     scores = jnp.pad(scores, ((0, 0), (0, num_groups * _GROUP_SIZE - vocab_size)), constant_values=-jnp.inf)
     # Token i is in group i % num_groups: the sum then runs across vectors, in an order that no batch changes.
     masses = jnp.exp(scores).reshape(-1, _GROUP_SIZE, num_groups).sum(1)
-    group = _first_argmax(jnp.log(masses) + noise[:, :num_groups])
+    group = first_argmax(jnp.log(masses) + noise[:, :num_groups])
     members = jnp.arange(_GROUP_SIZE) * num_groups + group[:, None]
-    member = _first_argmax(jnp.take_along_axis(scores, members, 1) + noise[:, num_groups:])
+    member = first_argmax(jnp.take_along_axis(scores, members, 1) + noise[:, num_groups:])
     return jnp.minimum(member * num_groups + group, vocab_size - 1)
 
 
@@ -223,7 +238,7 @@ def _gumbel(key: jax.Array, size: int) -> jax.Array:
     return -jnp.log(-jnp.log1p(-uniform))
 
 
-def _first_argmax(scores: jax.Array) -> jax.Array:
+def first_argmax(scores: jax.Array) -> jax.Array:
     """i32[S]: the first index of the maximum of each row; 0 where there is none (NaN).
 
     On a CPU up to twice as fast as `jnp.argmax`, whose reduction carries two values.

@@ -16,7 +16,7 @@ from sarathi_jax.weights.buffers import aligned_empty
 from sarathi_jax.weights.directory import CONFIG_FILE, copy_companions, load_model_config, new_directory, write_json
 from sarathi_jax.weights.hf_config import model_config_to_hf
 from sarathi_jax.weights.mapping import num_parameters, parameter_shapes, parameter_sources
-from sarathi_jax.weights.quantized import place
+from sarathi_jax.weights.quantized import Put, place, put_on_default_device
 from sarathi_jax.weights.safetensors import WeightsError, pieces
 
 __all__ = ["load_model_config", "load_parameters", "random_parameters", "save_hf", "save_orbax", "stored_dtype"]
@@ -31,9 +31,10 @@ def load_parameters(
     dtype: Dtype,
     *,
     quantization: Quantization | None = None,
+    put: Put = put_on_default_device,
     progress: bool = True,
 ) -> dict[str, jax.Array]:
-    """Loads the weights of a Hugging Face or Orbax directory onto the default device.
+    """Loads the weights of a Hugging Face or Orbax directory.
 
     Tensors are streamed one at a time, cast on the way and, on CPU, read straight into the memory they stay in: the
     peak of host memory is the weights plus far less than 2 GB.
@@ -43,6 +44,7 @@ def load_parameters(
       config: the model, usually `load_model_config(directory)`.
       dtype: of the result; float16, bfloat16 and float32 files are cast.
       quantization: makes the weights of products 8 bits wide on the way (`EngineConfig.quantization`).
+      put: brings the values of a path to where they are served.
       progress: show a progress bar.
 
     Returns:
@@ -54,8 +56,8 @@ def load_parameters(
     directory = Path(directory)
     quantized = ModelFunction(config, _numpy_dtype(dtype), quantization).quantized
     if _is_orbax(directory):
-        return orbax.load(directory, config, _numpy_dtype(dtype), quantized, progress)
-    return huggingface.load(directory, config, _numpy_dtype(dtype), quantized, progress)
+        return orbax.load(directory, config, _numpy_dtype(dtype), quantized, put, progress)
+    return huggingface.load(directory, config, _numpy_dtype(dtype), quantized, put, progress)
 
 
 def stored_dtype(directory: str | os.PathLike[str], config: ModelConfig) -> Dtype:
@@ -120,7 +122,11 @@ def save_hf(
 
 
 def random_parameters(
-    config: ModelConfig, dtype: Dtype, seed: int, quantization: Quantization | None = None
+    config: ModelConfig,
+    dtype: Dtype,
+    seed: int,
+    quantization: Quantization | None = None,
+    put: Put = put_on_default_device,
 ) -> dict[str, jax.Array]:
     """Random weights for measurements: matrices of standard deviation 0.02, unit norms, zero biases.
 
@@ -142,7 +148,7 @@ def random_parameters(
                 values -= 0.5
                 values *= _INITIAL_STD * np.sqrt(np.float32(12))  # a uniform variable has variance width^2 / 12
                 piece[...] = values
-        parameters |= place(source.path, buffer, quantized)
+        parameters |= place(source.path, buffer, quantized, put)
     return parameters
 
 

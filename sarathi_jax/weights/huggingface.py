@@ -12,7 +12,7 @@ from sarathi_jax.weights.buffers import aligned_empty
 from sarathi_jax.weights.directory import read_json, write_json
 from sarathi_jax.weights.mapping import HEAD_TENSOR, ParameterSource, hf_tensors, is_tolerated, parameter_sources
 from sarathi_jax.weights.progress import bytes_bar
-from sarathi_jax.weights.quantized import place
+from sarathi_jax.weights.quantized import Put, place
 from sarathi_jax.weights.safetensors import StoredTensor, WeightsError
 
 SINGLE_FILE = "model.safetensors"
@@ -80,7 +80,7 @@ def check_tensors(stored: Mapping[str, StoredTensor], config: ModelConfig, direc
 
 
 def load(
-    directory: Path, config: ModelConfig, dtype: np.dtype, quantized: Mapping[str, np.dtype], progress: bool
+    directory: Path, config: ModelConfig, dtype: np.dtype, quantized: Mapping[str, np.dtype], put: Put, progress: bool
 ) -> dict[str, jax.Array]:
     """Loads every parameter, one at a time: see `sarathi_jax.weights.checkpoint.load_parameters`."""
     stored = stored_tensors(directory)
@@ -95,7 +95,7 @@ def load(
                     bar.update(read_bytes)
             if source.path == "embed.weight" and config.tie_embeddings and HEAD_TENSOR in stored:
                 _check_tied_head(stored[HEAD_TENSOR], buffer)
-            parameters |= place(source.path, buffer, quantized)
+            parameters |= place(source.path, buffer, quantized, put)
     return parameters
 
 

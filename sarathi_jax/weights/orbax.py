@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from sarathi_jax.config import ModelConfig
 from sarathi_jax.weights.mapping import parameter_shapes
 from sarathi_jax.weights.progress import bytes_bar
-from sarathi_jax.weights.quantized import place
+from sarathi_jax.weights.quantized import Put, place, put_on_default_device
 from sarathi_jax.weights.safetensors import WeightsError
 
 ARRAYS_DIRECTORY = "params"
@@ -32,7 +32,7 @@ def stored_dtype(directory: Path) -> np.dtype:
 
 
 def load(
-    directory: Path, config: ModelConfig, dtype: np.dtype, quantized: Mapping[str, np.dtype], progress: bool
+    directory: Path, config: ModelConfig, dtype: np.dtype, quantized: Mapping[str, np.dtype], put: Put, progress: bool
 ) -> dict[str, jax.Array]:
     """Loads every parameter, some hundred megabytes at a time: see `sarathi_jax.weights.checkpoint.load_parameters`."""
     shapes = parameter_shapes(config)
@@ -70,7 +70,8 @@ def load(
                         f"{directory / ARRAYS_DIRECTORY} cannot be read ({error}); copy it again"
                     ) from error
                 for path, array in restored.items():
-                    parameters |= place(path, np.asarray(array), quantized) if path in quantized else {path: array}
+                    stays = path not in quantized and put is put_on_default_device
+                    parameters |= {path: array} if stays else place(path, np.asarray(array), quantized, put)
                 bar.update(sum(map(_num_bytes, group.values())))
         return parameters
 

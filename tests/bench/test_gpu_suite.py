@@ -210,7 +210,7 @@ def quick_compiles():
 
 
 @pytest.mark.slow
-@pytest.mark.interpret
+@pytest.mark.kernels
 @pytest.mark.usefixtures("quick_compiles")
 def test_dry_run_of_everything(tmp_path):
     """Each part once; kernels interpreted, except the slowest of them where another part runs it."""

@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from pallas_kernels.ragged_paged_attention import BACKENDS
+from sarathi_jax.parallel import AXIS
 from tests.kernels.abstract import on_h200
 
 # Name -> platform, and what `get_topology_desc` calls it.
@@ -60,8 +61,8 @@ class Compiled:
     kernels: tuple[Ptx, ...]
 
 
-def sharding_of(target: str, spec: jax.sharding.PartitionSpec | None = None) -> jax.sharding.NamedSharding:
-    """An axis `heads` over all GPUs of the target; the first chip alone of a TPU slice."""
+def mesh_of(target: str) -> jax.sharding.Mesh:
+    """All GPUs of the target; the first chip alone of a TPU slice."""
     platform, name = TARGETS[target]
     if platform == "cuda":
         text = (Path(__file__).parent / "h200.textproto").read_text()
@@ -70,8 +71,12 @@ def sharding_of(target: str, spec: jax.sharding.PartitionSpec | None = None) -> 
     else:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
         devices = np.array(topology.devices[:1])
-    mesh = jax.sharding.Mesh(devices, ("heads",))
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec() if spec is None else spec)
+    return jax.sharding.Mesh(devices, (AXIS,))
+
+
+def everywhere(target: str) -> jax.sharding.NamedSharding:
+    """On every device of the target."""
+    return jax.sharding.NamedSharding(mesh_of(target), jax.sharding.PartitionSpec())
 
 
 def device_of(backend: str):

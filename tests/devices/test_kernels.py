@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec
 
 from pallas_kernels.ragged_paged_attention import BACKENDS, ragged_paged_attention
 from sarathi_jax.kv.cache import row_major
-from tests.devices.compiling import compile_lowered, device_of, sharding_of
+from sarathi_jax.parallel import AXIS
+from tests.devices.compiling import compile_lowered, device_of, everywhere
 
 # Look-ups in the block table that a thread makes a step, for keys of its own; the Hopper kernel reads the nine numbers
 # of its next piece of work besides.
@@ -83,7 +84,7 @@ def bytes_of(shapes: list) -> int:
     ids=str,
 )
 def test_kernel(backend, target, config, tables):
-    platform, replicated = BACKENDS[backend].platform, sharding_of(target)
+    platform, replicated = BACKENDS[backend].platform, everywhere(target)
     cache = row_major(replicated)
     shapes = config.shapes()
     shapes = jax.tree.map(
@@ -122,8 +123,8 @@ def test_kernel(backend, target, config, tables):
 def test_heads_over_eight_gpus(backend):
     """Each GPU has one KV head and its queries; nothing needs to be sent."""
     config = Config()
-    replicated = sharding_of("8 x H200")
-    heads, cache = PartitionSpec(None, "heads"), (PartitionSpec(None, "heads"),) * 2
+    replicated = everywhere("8 x H200")
+    heads, cache = PartitionSpec(None, AXIS), (PartitionSpec(None, AXIS),) * 2
     specs = (heads, heads, heads, cache, *(PartitionSpec(),) * 6)
     call = jax.shard_map(
         call_of(backend, config), mesh=replicated.mesh, in_specs=specs, out_specs=(heads, cache), check_vma=False

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from pallas_kernels.ragged_paged_attention import mosaic_gpu
-from tests.devices.compiling import Ptx, compile_lowered, device_of, sharding_of
+from tests.devices.compiling import Ptx, compile_lowered, device_of, everywhere
 from tests.devices.test_kernels import Config, bytes_of, call_of
 
 # A thread reads these once a piece: three columns as producer, six as consumer.
@@ -23,7 +23,7 @@ CONFIGS = [
 
 
 def lower(config: Config, **options) -> jax.stages.Lowered:
-    sharding = sharding_of("H200")
+    sharding = everywhere("H200")
     shapes = [
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), s) for s in config.shapes()
     ]

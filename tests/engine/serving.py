@@ -169,7 +169,7 @@ class Served:
             chooser=chooser,
         )
         sequences = {}
-        table = SamplingTable(self.config.max_running, self.model.vocab_size)
+        table = SamplingTable(self.config.max_running, self.model.vocab_size, self.runner.everywhere)
         device = DeviceExecutor(self.runner, table, sequences, scheduler.table)
         executor = Watched(device if scripts is None else Scripted(scripts, sequences))
         config = dataclasses.replace(self.config, overlap=overlap)

@@ -33,7 +33,7 @@ def expected(dtype: str) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.slow
-@pytest.mark.interpret
+@pytest.mark.kernels
 @pytest.mark.parametrize("backend", DEVICE_BACKENDS)
 def test_same_tokens_as_xla(backend, monkeypatch):
     dtype = (BACKENDS[backend].dtypes or ("float32",))[0]

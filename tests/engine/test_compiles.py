@@ -126,7 +126,7 @@ def test_cache_stays_where_it_is(decoder: Served):
     """The buffers themselves: the same memory before and after many steps."""
 
     def addresses():
-        arrays = [*jax.tree.leaves(decoder.runner._cache), decoder.runner._history]
+        arrays = [*jax.tree.leaves(decoder.runner.cache), decoder.runner._history]
         return [array.unsafe_buffer_pointer() for array in arrays]
 
     before = addresses()

@@ -32,6 +32,7 @@ def device_of(backend: str):
 
 
 @pytest.mark.slow
+@pytest.mark.kernels
 @pytest.mark.parametrize(
     ("backend", "dtype"), [(name, dtype) for name in DEVICE_BACKENDS for dtype in BACKENDS[name].dtypes or ()]
 )

@@ -92,7 +92,7 @@ def dtypes_of(backend: str) -> tuple[str, ...]:
 
 def marks_of(backend: str) -> list:
     """Interpreting Mosaic takes seconds a batch."""
-    return [pytest.mark.interpret] if backend.startswith("mosaic") else []
+    return [pytest.mark.kernels] if backend.startswith("mosaic") else []
 
 
 def named_tests() -> list:

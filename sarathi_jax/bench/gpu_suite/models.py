@@ -23,6 +23,7 @@ from sarathi_jax.compiling import use_compile_cache
 from sarathi_jax.config import CacheConfig, EngineConfig, ModelConfig, Quantization
 from sarathi_jax.engine import Engine
 from sarathi_jax.llm import build_engine
+from sarathi_jax.parallel import make_mesh
 from sarathi_jax.request import SamplingParams
 from sarathi_jax.resources import config_path
 from sarathi_jax.runner import Runner
@@ -166,9 +167,10 @@ class Serving:
         if not self.params:
             self.params = draw_parameters(self.model, self.engine_config)
         times.append(time.perf_counter())
-        self._cache = plan_cache(self.model, self.engine_config)
+        mesh = make_mesh(self.engine_config.tp, jax.devices())
+        self._cache = plan_cache(self.model, self.engine_config, mesh)
         times.append(time.perf_counter())
-        self._runner = Runner(self.model, self.params, self.engine_config, self._cache, progress=False)
+        self._runner = Runner(self.model, self.params, self.engine_config, self._cache, mesh, progress=False)
         self._engine = build_engine(self.model, self.engine_config, self._cache, self._runner, None)
         times.append(time.perf_counter())
         weights, size, plan = (later - earlier for earlier, later in itertools.pairwise(times))

@@ -1,0 +1,128 @@
+"""Tensor parallelism on virtual devices: the tokens of one device, and where the parts of the model are."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sarathi_jax.config import ConfigError
+from sarathi_jax.models import ModelFunction
+from sarathi_jax.parallel import TensorSplit
+from sarathi_jax.weights.directory import load_model_config
+from tests.engine.serving import Parity, Served, build, drawn, greedy, prompt_of
+from tests.tiny_models import write_tiny_model
+
+# Eight query heads everywhere; KV heads are split, repeated, or both.
+HEADS = {"num_attention_heads": 8, "hidden_size": 128}
+MODELS = {
+    "mistral": HEADS,
+    "llama3.1": HEADS | {"num_key_value_heads": 8},
+    "llama-bias": HEADS,
+    "qwen3": HEADS,
+    "qwen2": HEADS | {"num_key_value_heads": 4},
+    "falcon-7b": HEADS,
+    "falcon-bias": HEADS,
+    "falcon-40b": {},
+}
+QUICK = "falcon-40b"
+LONG = (pytest.mark.slow, pytest.mark.parallel)
+
+ASKS = [
+    (prompt_of(5), greedy(max_tokens=40)),
+    (prompt_of(60), greedy(max_tokens=20, prompt_logprobs=20)),
+    (prompt_of(20), drawn(max_tokens=30, temperature=0.9, top_k=30, n=2)),
+    (prompt_of(33), drawn(max_tokens=24, top_p=0.9, repetition_penalty=1.2)),
+    (prompt_of(14), greedy(max_tokens=40, logprobs=None)),
+]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Models on one device, by name."""
+    served: dict[str, Served] = {}
+
+    def get(name: str) -> Served:
+        if name not in served:
+            served[name] = build(name, tmp_path_factory.mktemp(name), changes=MODELS[name])
+        return served[name]
+
+    return get
+
+
+@pytest.mark.parametrize("tp", [2, 4, 8])
+@pytest.mark.parametrize("name", [n if n == QUICK else pytest.param(n, marks=LONG) for n in MODELS])
+def test_same_tokens(whole, tmp_path, name: str, tp: int):
+    """Through the whole engine, chunked, and with too few blocks for all."""
+    split, parity = build(name, tmp_path, changes=MODELS[name], tp=tp), Parity()
+    outputs = split.bench(num_blocks=12).run(ASKS)
+    assert sum(output.metrics.num_preemptions for output in outputs) >= 1
+    parity.check(outputs, whole(name).alone(ASKS))
+    assert parity.num_excused <= 1
+
+
+@pytest.mark.parametrize("name", ["falcon-7b", pytest.param("mistral", marks=LONG)])
+def test_devices_hold_their_parts(tmp_path, name: str):
+    """Weights of layers and cache: what the split says, KV heads that are repeated counted."""
+    served = build(name, tmp_path, changes=MODELS[name], tp=4)
+    split = TensorSplit(served.model, 4)
+    local = ModelFunction(split.local, jnp.float32).shapes
+    for path, array in zip(served.runner.parameter_names, served.runner.params, strict=True):
+        assert {shard.data.shape for shard in array.addressable_shards} == {local[path].shape}, path
+        assert len(array.addressable_shards) == 4
+    for array in jax.tree.leaves(served.runner.cache):
+        kv_heads = split.local.num_kv_heads
+        assert {shard.data.shape[1] for shard in array.addressable_shards} == {kv_heads}
+
+
+@pytest.mark.parametrize(("name", "sums"), [("falcon-40b", 1), pytest.param("llama-bias", 2, marks=LONG)])
+def test_collectives(tmp_path, name: str, sums: int):
+    """One sum a pair of products and one for the embedding; gathered are logits and candidates alone."""
+    served = build(name, tmp_path, changes=MODELS[name], tp=2)
+    for program in served.runner.programs.values():
+        text = program.as_text()
+        num_sums = len(re.findall(r" all-reduce(?:-start)?\(", text))
+        assert num_sums == sums * served.model.num_layers + 1
+        gathered = [line for line in text.splitlines() if re.search(r" all-gather(?:-start)?\(", line)]
+        assert all("gather_logits" in line or "gather_candidates" in line for line in gathered), gathered
+        assert not re.search(r" (all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)
+
+
+@pytest.mark.parametrize("vocab_size", [321, 323])
+def test_any_vocabulary(tmp_path, vocab_size: int):
+    changes = MODELS["falcon-40b"] | {"vocab_size": vocab_size}
+    one, two = (build("falcon-40b", tmp_path / str(tp), changes=changes, tp=tp) for tp in (1, 2))
+    parity = Parity()
+    parity.check(two.bench().run(ASKS), one.alone(ASKS))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "tp", "message"),
+    [
+        ("yi", {}, 2, r"tp=2: 7 query heads cannot be split evenly; tp may be 1, 7"),
+        ("llama3.1", {"num_attention_heads": 12, "hidden_size": 192, "num_key_value_heads": 6}, 4, "tp may be 1, 2"),
+        ("llama3.1", {"intermediate_size": 111}, 2, "111 inner units"),
+        ("llama3.1", {}, 0, "tp=0 must be a positive integer"),
+        ("falcon-40b", {"num_attention_heads": 32}, 16, "tp=16 needs 16 devices, there are 8"),
+    ],
+)
+def test_impossible_split(tmp_path, name, changes, tp, message):
+    with pytest.raises(ConfigError, match=message):
+        build(name, tmp_path, changes=changes, tp=tp)
+
+
+def test_widened_weights_compute_the_same(tmp_path):
+    """Every group's queries stay with their keys: checked by name of head."""
+    write_tiny_model("llama2-gqa", tmp_path)
+    model = load_model_config(tmp_path)
+    split = TensorSplit(model, 4)
+    assert (model.num_heads, model.num_kv_heads, split.kv_copies) == (8, 2, 2)
+    names = np.array([[f"q{4 * g + r}" for r in range(4)] + [f"k{g}", f"v{g}"] for g in range(2)])
+    widened = split.widen("layers.0.attn.qkv.bias", names[:, :, None])[..., 0]
+    assert widened.tolist() == [
+        ["q0", "q1", "k0", "v0"],
+        ["q2", "q3", "k0", "v0"],
+        ["q4", "q5", "k1", "v1"],
+        ["q6", "q7", "k1", "v1"],
+    ]
