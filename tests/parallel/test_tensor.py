@@ -51,7 +51,7 @@ def whole(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("tp", [2, 4, 8])
+@pytest.mark.parametrize("tp", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [n if n == QUICK else pytest.param(n, marks=LONG) for n in MODELS])
 def test_same_tokens(whole, tmp_path, name: str, tp: int):
     """Through the whole engine, chunked, and with too few blocks for all."""
@@ -62,6 +62,7 @@ def test_same_tokens(whole, tmp_path, name: str, tp: int):
     assert parity.num_excused <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["falcon-7b", pytest.param("mistral", marks=LONG)])
 def test_devices_hold_their_parts(tmp_path, name: str):
     """Weights of layers and cache: what the split says, KV heads that are repeated counted."""
@@ -76,6 +77,7 @@ def test_devices_hold_their_parts(tmp_path, name: str):
         assert {shard.data.shape[1] for shard in array.addressable_shards} == {kv_heads}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "sums"), [("falcon-40b", 1), pytest.param("llama-bias", 2, marks=LONG)])
 def test_collectives(tmp_path, name: str, sums: int):
     """One sum a pair of products and one for the embedding; gathered are logits and candidates alone."""
@@ -89,6 +91,7 @@ def test_collectives(tmp_path, name: str, sums: int):
         assert not re.search(r" (all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab_size", [321, 323])
 def test_any_vocabulary(tmp_path, vocab_size: int):
     changes = MODELS["falcon-40b"] | {"vocab_size": vocab_size}
