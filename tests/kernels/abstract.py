@@ -19,11 +19,10 @@ def shapes_of(case: Case, dtype: str) -> list:
     return [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), field) for field in fields.values()]
 
 
-def on_h200(num_devices: int = 1):
+def on_h200():
     """A context in which the default GPU is an H200."""
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
-    shape, names = ((), ()) if num_devices == 1 else ((num_devices,), ("heads",))
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh(shape, names, abstract_device=device))
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 
 def cache_bytes(shapes: list) -> int:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sarathi_jax.config import ConfigError
+from sarathi_jax.config import QUANTIZATIONS, ConfigError
 from sarathi_jax.models import ModelFunction
 from sarathi_jax.parallel import TensorSplit
 from sarathi_jax.weights.directory import load_model_config
@@ -98,6 +98,19 @@ def test_any_vocabulary(tmp_path, vocab_size: int):
     one, two = (build("falcon-40b", tmp_path / str(tp), changes=changes, tp=tp) for tp in (1, 2))
     parity = Parity()
     parity.check(two.bench().run(ASKS), one.alone(ASKS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_with_8_bit_weights(tmp_path, quantization: str):
+    """Every device rounds its own part of the activations, so log-probabilities agree to that rounding alone."""
+    settings = {"changes": MODELS["falcon-7b"], "quantization": quantization}
+    one, two = (build("falcon-7b", tmp_path / str(tp), tp=tp, **settings) for tp in (1, 2))
+    asks = [(prompt_of(40), greedy(max_tokens=1, prompt_logprobs=0))]
+    (ours,), (theirs,) = two.bench().run(asks), one.alone(asks)
+    pairs = zip(ours.prompt_logprobs[1:], theirs.prompt_logprobs[1:], ours.prompt_token_ids[1:], strict=True)
+    differences = [abs(a[token].logprob - b[token].logprob) for a, b, token in pairs]
+    assert 0 < max(differences) < 0.1
 
 
 @pytest.mark.parametrize(
