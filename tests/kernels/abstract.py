@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels.ragged_paged_attention.cases import Case, build
 
@@ -23,8 +22,3 @@ def on_h200():
     """A context in which the default GPU is an H200."""
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
-
-
-def cache_bytes(shapes: list) -> int:
-    """Bytes of keys and values together."""
-    return sum(int(np.prod(cache.shape)) * cache.dtype.itemsize for cache in shapes[3])
