@@ -7,8 +7,6 @@ import jax.numpy as jnp
 
 from pallas_kernels.ragged_paged_attention.cases import Case, build
 
-PLATFORMS = {"cuda": "gpu", "tpu": "tpu"}
-
 
 def shapes_of(case: Case, dtype: str) -> list:
     """The arguments of a case as the model gives them: activations float32, the cache in `dtype`."""
