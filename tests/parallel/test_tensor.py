@@ -27,7 +27,7 @@ MODELS = {
     "falcon-40b": {},
 }
 QUICK = "falcon-40b"
-LONG = (pytest.mark.slow, pytest.mark.parallel)
+LONG = pytest.mark.parallel
 
 ASKS = [
     (prompt_of(5), greedy(max_tokens=40)),
@@ -51,7 +51,8 @@ def whole(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("tp", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [2, 4, 8])
 @pytest.mark.parametrize("name", [n if n == QUICK else pytest.param(n, marks=LONG) for n in MODELS])
 def test_same_tokens(whole, tmp_path, name: str, tp: int):
     """Through the whole engine, chunked, and with too few blocks for all."""
