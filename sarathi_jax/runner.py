@@ -22,7 +22,7 @@ from sarathi_jax.kv.cache import KVCache, allocate_cache, cache_shapes, row_majo
 from sarathi_jax.models import Attend, ModelFunction
 from sarathi_jax.parallel.logits import gather_logits, sample_split
 from sarathi_jax.parallel.tensor import AXIS, CACHE_SPEC, TensorSplit, spec_of
-from sarathi_jax.sampling import Drawn, SamplingParamsArrays, SamplingTable, prompt_logprobs, sample
+from sarathi_jax.sampling import Drawn, SamplingParamsArrays, SamplingTable, prompt_logprobs
 
 _MAX_COMPILE_THREADS = 4
 
@@ -153,13 +153,13 @@ class StepProgram:
         hidden, cache = model.hidden(tokens, batch.positions, self._attend(batch), cache)
         last = jnp.maximum(batch.chunk_starts[1:] - 1, 0)
         active = batch.samples != 0
-        asked = batch.rows, batch.kv_lens, history, sampling, active
-        if self._axis is None:
-            drawn, head = sample(model.logits(hidden[last]), *asked), model.logits
-        else:
-            axis, vocab_size = self._axis, self._model.vocab_size
-            drawn = sample_split(model.logits(hidden[last]), axis, vocab_size, *asked)
-            head = lambda hidden: gather_logits(model.logits(hidden), axis, vocab_size)  # noqa: E731
+        axis, vocab_size = self._axis, self._model.vocab_size
+        logits = model.logits(hidden[last])
+        drawn = sample_split(logits, axis, vocab_size, batch.rows, batch.kv_lens, history, sampling, active)
+
+        def head(hidden):
+            return gather_logits(model.logits(hidden), axis, vocab_size)
+
         rows = jnp.where(active, batch.rows, history.shape[0])
         history = history.at[rows, batch.kv_lens].set(drawn.tokens, mode="drop")
         wants_prompt = jnp.any(batch.targets >= 0)
@@ -210,7 +210,7 @@ class Runner:
     ):
         check_platform(engine.attention_backend, jax.default_backend())
         logging.info("attention backend: %s", engine.attention_backend)
-        program = StepProgram(model, engine, cache, jax.devices()[0].device_kind)
+        program = StepProgram(model, engine, cache, mesh.devices.flat[0].device_kind)
         self.layouts = program.layouts
         self.parameter_names = program.parameter_names
         self.params = tuple(params[name] for name in program.parameter_names)

@@ -25,7 +25,7 @@ from sarathi_jax.models.layers import (
 class LanguageModel(nnx.Module):
     """A decoder-only model. Layers are unrolled: a scan over stacked layers copies each layer's weights on CPU.
 
-    Under a mesh axis, `config` is what one device has of the model (`sarathi_jax.parallel.local_model`).
+    Under a mesh axis, `config` is what one device has of the model.
     """
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, axis: str | None = None):

@@ -8,21 +8,23 @@ from sarathi_jax.sampling import Drawn, SamplingParamsArrays, first_argmax, is_a
 from sarathi_jax.sampling.logprobs import no_logprobs
 
 
-def gather_logits(logits: jax.Array, axis: str, vocab_size: int) -> jax.Array:
+def gather_logits(logits: jax.Array, axis: str | None, vocab_size: int) -> jax.Array:
     """The logits of the whole vocabulary on every device.
 
     Args:
       logits: f32[S, V / devices], of consecutive tokens.
-      axis: of the mesh.
+      axis: of the mesh; None: one device has them all.
       vocab_size: V; what lies beyond it is padding.
     """
+    if axis is None:
+        return logits
     with jax.named_scope("gather_logits"):
         return lax.all_gather(logits, axis, axis=1, tiled=True)[:, :vocab_size]
 
 
 def sample_split(
     logits: jax.Array,
-    axis: str,
+    axis: str | None,
     vocab_size: int,
     rows: jax.Array,
     positions: jax.Array,
@@ -36,6 +38,9 @@ def sample_split(
       logits, axis, vocab_size: as in `gather_logits`.
       rows, positions, history, params, active: as in `sample`.
     """
+
+    if axis is None:
+        return sample(logits, rows, positions, history, params, active)
 
     def greedy() -> Drawn:
         first = lax.axis_index(axis) * logits.shape[1]

@@ -1,11 +1,13 @@
 """The Hopper kernel, compiled with the real WGMMA for the ways it may be cut: instructions, registers, memory."""
 
+import dataclasses
 import functools
 
 import jax
 import pytest
 
 from pallas_kernels.ragged_paged_attention import mosaic_gpu
+from pallas_kernels.ragged_paged_attention.cases import CASES, Size, build, groups
 from tests.devices.compiling import Ptx, compile_lowered, device_of, everywhere
 from tests.devices.test_kernels import Config, bytes_of, call_of
 
@@ -52,6 +54,30 @@ def test_configuration(config):
     kernels = {kernel.name.removesuffix("_mosaic_gpu_kernel"): kernel for kernel in compiled.kernels}
     assert all(kernel.spilled_bytes == 0 for kernel in kernels.values())
     check_attention(kernels["ragged_paged_attention"], config, mosaic_gpu.Tuning().step_keys)
+
+
+@pytest.mark.parametrize("group", groups())
+def test_interpreted_cases(group):
+    """What is interpreted with a substitute for WGMMA compiles with the real one: a program serves a group of cases."""
+    cases = [CASES[name] for name in groups()[group]]
+    size, sharding = functools.reduce(Size.__or__, (case.size for case in cases)), everywhere("H200")
+    batch = build(cases[0], size=size)
+    shapes = [
+        jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, "bfloat16" if x.ndim == 4 else x.dtype, sharding=sharding),
+            getattr(batch, field.name),
+        )
+        for field in dataclasses.fields(batch)
+    ]
+    options = {"scale": cases[0].head_dim ** -0.5, "window": cases[0].window}
+    with device_of("mosaic_gpu"):
+        lowered = jax.jit(functools.partial(mosaic_gpu.ragged_paged_attention, **options), donate_argnums=3).lower(
+            *shapes
+        )
+    compiled = compile_lowered(lowered, "cuda")
+    assert all(kernel.spilled_bytes == 0 for kernel in compiled.kernels)
+    cache_bytes = sum(2 * cache.size for cache in shapes[3])
+    assert compiled.executable.memory_analysis().alias_size_in_bytes >= cache_bytes
 
 
 @pytest.mark.parametrize(
