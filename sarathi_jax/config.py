@@ -98,6 +98,10 @@ class ModelConfig:
         """Tokens that the cache must keep: the widest window, or None as soon as one layer sees everything."""
         return None if None in self.windows else max(w for w in self.windows if w is not None)
 
+    def with_layers(self, layers: range) -> "ModelConfig":
+        """A model of these consecutive layers alone."""
+        return dataclasses.replace(self, num_layers=len(layers), windows=self.windows[layers.start : layers.stop])
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
@@ -118,6 +122,9 @@ class EngineConfig:
       attention_backend: ``xla`` (anywhere); on its own platform one of the kernels, experimental until measured there:
         ``triton`` (NVIDIA, Ampere on), ``mosaic_gpu`` (NVIDIA Hopper, bfloat16) or ``mosaic_tpu`` (TPU).
       tp: devices over which every layer is split (tensor parallelism).
+      pp: stages, each of some layers, on devices of its own; as many steps are in flight (pipeline parallelism).
+      pp_layers: layers of each stage; None: balanced by their cost.
+      dp: replicas, each with its own weights and cache, which share the requests (data parallelism).
       overlap: schedule step k+1 while step k runs.
       seed: where requests without a seed draw theirs from; None: from the operating system.
     """
@@ -133,6 +140,9 @@ class EngineConfig:
     quantization: Quantization | None = None
     attention_backend: str = "xla"
     tp: int = 1
+    pp: int = 1
+    pp_layers: tuple[int, ...] | None = None
+    dp: int = 1
     overlap: bool = True
     seed: int | None = None
 
@@ -141,7 +151,7 @@ class EngineConfig:
             raise ConfigError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             raise ConfigError(f"quantization={self.quantization!r} is not one of {', '.join(QUANTIZATIONS)}")
-        for name in ("max_num_seqs", "token_budget", "block_size", "tp"):
+        for name in ("max_num_seqs", "token_budget", "block_size", "tp", "pp", "dp"):
             if not _is_count(getattr(self, name)):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be a positive integer")
         for name in ("max_model_len", "num_blocks"):
@@ -149,6 +159,8 @@ class EngineConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be a positive integer or None")
         if not (math.isfinite(self.memory_fraction) and 0 < self.memory_fraction <= 1):
             raise ConfigError(f"memory_fraction={self.memory_fraction!r} must lie in (0, 1]")
+        if self.pp_layers is not None and not all(map(_is_count, self.pp_layers)):
+            raise ConfigError(f"pp_layers={self.pp_layers!r} must be positive integers, the layers of each stage")
         buckets = self.buckets
         if not buckets or list(buckets) != sorted(set(buckets)) or not all(map(_is_count, buckets)):
             raise ConfigError(f"token_buckets={buckets!r} must be ascending positive integers")
@@ -159,8 +171,8 @@ class EngineConfig:
 
     @property
     def max_running(self) -> int:
-        """Sequences that may run at once: every one of them must fit a decode into the largest bucket."""
-        return min(self.max_num_seqs, self.buckets[-1])
+        """Sequences that may run at once: each must fit a decode into the largest bucket of a step in flight."""
+        return min(self.max_num_seqs, self.pp * self.buckets[-1])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The step loop: schedule, launch, collect, commit. One thread; one step ahead of the device by default."""
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
@@ -21,9 +22,9 @@ from sarathi_jax.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """A launched step."""
+    """A launched step; an empty one where there was nothing to do."""
 
-    plan: StepPlan
+    plan: StepPlan | None
     handle: Any
 
 
@@ -53,7 +54,8 @@ class Engine:
         clock: Clock | None = None,
     ):
         self._model = model
-        self._overlap = config.overlap
+        # Steps under way before one is waited for: one in each stage, and with overlap one more.
+        self._depth = config.pp + config.overlap
         self._cache = cache
         self._scheduler = scheduler
         self._executor = executor
@@ -62,15 +64,20 @@ class Engine:
         self._clock = clock or WallClock()
         self._seeds = np.random.default_rng(config.seed)
         self._records: dict[str, RequestRecord] = {}
-        self._in_flight: _Step | None = None
+        self._in_flight: collections.deque[_Step] = collections.deque()
         self._num_sequences = 0
 
     def __repr__(self) -> str:
         return f"Engine({len(self._records)} requests, {self._scheduler})"
 
     @property
+    def num_requests(self) -> int:
+        """Requests that have not finished."""
+        return len(self._records)
+
+    @property
     def has_work(self) -> bool:
-        return bool(self._records) or self._in_flight is not None
+        return bool(self._records) or any(step.plan is not None for step in self._in_flight)
 
     def add_request(
         self,
@@ -120,24 +127,25 @@ class Engine:
         return self._report(record)
 
     def step(self) -> list[RequestOutput]:
-        """Runs one step; with overlap, reports the step before it.
+        """Starts one step, if there is anything to do, and reports an earlier one: with overlap the one before it, in
+        a pipeline the one that has come through.
 
         Returns:
           The requests that finished, and those that stream and got a token.
         """
-        plan = self._scheduler.schedule()
-        launched = None if plan is None else self._launch(plan)
-        due, self._in_flight = (self._in_flight, launched) if self._overlap else (launched, None)
-        return [] if due is None else self._commit(due.plan, self._executor.collect(due.handle))
+        self._in_flight.append(self._launch(self._scheduler.schedule()))
+        due = self._in_flight.popleft() if len(self._in_flight) == self._depth else None
+        return [] if due is None or due.plan is None else self._commit(due.plan, self._executor.collect(due.handle))
 
-    def _launch(self, plan: StepPlan) -> _Step:
-        now_s = self._clock.now_s()
-        for chunk in plan.chunks:
-            record = self._record_of(self._sequences[chunk.seq_id])
-            if record.first_scheduled_s is None:
-                record.first_scheduled_s = now_s
-        for seq_id in plan.preempted:
-            self._record_of(self._sequences[seq_id]).num_preemptions += 1
+    def _launch(self, plan: StepPlan | None) -> _Step:
+        if plan is not None:
+            now_s = self._clock.now_s()
+            for chunk in plan.chunks:
+                record = self._record_of(self._sequences[chunk.seq_id])
+                if record.first_scheduled_s is None:
+                    record.first_scheduled_s = now_s
+            for seq_id in plan.preempted:
+                self._record_of(self._sequences[seq_id]).num_preemptions += 1
         return _Step(plan, self._executor.launch(plan))
 
     def _commit(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import functools
 import itertools
 import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,21 +12,15 @@ import jax
 from tqdm import tqdm
 
 from sarathi_jax.compiling import use_compile_cache
-from sarathi_jax.config import CacheConfig, Dtype, EngineConfig, ModelConfig
+from sarathi_jax.config import Dtype, EngineConfig
 from sarathi_jax.engine import Engine
-from sarathi_jax.executor import DeviceExecutor
-from sarathi_jax.kv.blocks import BlockPool
-from sarathi_jax.parallel import TensorSplit, make_mesh
+from sarathi_jax.replica import Replica, Replicas, start_replicas
 from sarathi_jax.request import RequestError, RequestOutput, SamplingParams
 from sarathi_jax.resources import checkpoint_path
-from sarathi_jax.runner import Runner, StartUp
-from sarathi_jax.sampling import SamplingTable
-from sarathi_jax.scheduling.sarathi import SarathiScheduler
-from sarathi_jax.sizing import plan_cache
+from sarathi_jax.runner import StartUp
 from sarathi_jax.tokenizer import Tokenizer, TokenizerError, load_tokenizer
-from sarathi_jax.weights.checkpoint import load_parameters, random_parameters, stored_dtype
+from sarathi_jax.weights.checkpoint import stored_dtype
 from sarathi_jax.weights.directory import load_model_config, load_model_yaml
-from sarathi_jax.weights.quantized import put_on_default_device
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -85,21 +78,10 @@ class LLM:
             dtype = "bfloat16" if is_yaml else stored_dtype(self._path, self.model_config)
         self.engine_config = EngineConfig(dtype=dtype, **config)
         self.tokenizer: Tokenizer | None = None if is_yaml else load_tokenizer(self._path)
-        split = TensorSplit(self.model_config, self.engine_config.tp)
-        mesh = make_mesh(split.size, jax.devices())
-        put = put_on_default_device if split.size == 1 else functools.partial(split.put, mesh)
-        quantization = self.engine_config.quantization
-        if is_yaml:
-            params = random_parameters(self.model_config, dtype, 0, quantization, put)
-        else:
-            params = load_parameters(
-                self._path, self.model_config, dtype, quantization=quantization, put=put, progress=progress
-            )
-        self.cache_config = plan_cache(self.model_config, self.engine_config, mesh)
-        self._runner = Runner(self.model_config, params, self.engine_config, self.cache_config, mesh, progress)
-        self._engine: Engine | None = build_engine(
-            self.model_config, self.engine_config, self.cache_config, self._runner, self.tokenizer
-        )
+        self._replicas = start_replicas(self._path, self.model_config, self.engine_config, self.tokenizer, progress)
+        self.cache_config = self._replicas[0].cache
+        engines = [replica.engine for replica in self._replicas]
+        self._engine: Engine | Replicas | None = engines[0] if len(engines) == 1 else Replicas(engines)
         self._ids = itertools.count()
         # Outputs by the request's id, until whoever asked for them takes them: any step may report any request.
         self._inboxes: dict[str, collections.deque[RequestOutput]] = {}
@@ -121,20 +103,25 @@ class LLM:
     def close(self) -> None:
         """Frees the weights and the cache; safe to call twice."""
         self._engine = None
-        self._runner = None
+        self._replicas = ()
 
     @property
     def start_up(self) -> StartUp:
-        """What compiling cost."""
-        return self._open_runner().start_up
+        """What compiling cost, over all replicas."""
+        each = [replica.runner.start_up for replica in self._open_replicas()]
+        return StartUp(
+            num_programs=sum(one.num_programs for one in each),
+            compile_s=sum(one.compile_s for one in each),
+            temp_bytes=max(one.temp_bytes for one in each),
+        )
 
     @property
     def num_late_compiles(self) -> int:
         """Programs compiled after warm-up; anything but 0 is a bug."""
-        return self._open_runner().num_late_compiles
+        return sum(replica.runner.num_late_compiles for replica in self._open_replicas())
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> Engine | Replicas:
         """The step loop, for callers that drive it themselves."""
         if self._engine is None:
             raise RuntimeError("this LLM is closed: build a new one")
@@ -318,28 +305,10 @@ class LLM:
             if self._engine is not None:
                 self._engine.abort(request_id)
 
-    def _open_runner(self) -> Runner:
-        if self._runner is None:
+    def _open_replicas(self) -> Sequence[Replica]:
+        if not self._replicas:
             raise RuntimeError("this LLM is closed: build a new one")
-        return self._runner
-
-
-def build_engine(
-    model: ModelConfig, engine: EngineConfig, cache: CacheConfig, runner: Runner, tokenizer: Tokenizer | None
-) -> Engine:
-    """Joins scheduler, executor and engine around a runner."""
-    scheduler = SarathiScheduler(
-        BlockPool(cache.num_blocks),
-        block_size=cache.block_size,
-        buckets=engine.buckets,
-        max_num_seqs=engine.max_num_seqs,
-        window=model.cache_window,
-        max_model_len=cache.max_model_len,
-    )
-    sequences = {}
-    sampling = SamplingTable(engine.max_running, model.vocab_size, runner.everywhere)
-    executor = DeviceExecutor(runner, sampling, sequences, scheduler.table)
-    return Engine(model, engine, cache, scheduler, executor, sequences, tokenizer)
+        return self._replicas
 
 
 def _batch(prompts: Any) -> list[Any]:

@@ -1,12 +1,12 @@
-"""The program of a step (`StepProgram`), compiled once a token bucket, and the state it hands on (`Runner`)."""
+"""`Runner`: the compiled programs of every stage, the state that they hand on, and the steps that are under way."""
 
 import dataclasses
 import logging
-import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,31 +14,33 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from pallas_kernels.ragged_paged_attention import check_platform, ragged_paged_attention
-from sarathi_jax.batch import BatchLayout, StepBatch
+from pallas_kernels.ragged_paged_attention import check_platform
 from sarathi_jax.compiling import CompileCounter
 from sarathi_jax.config import CacheConfig, EngineConfig, ModelConfig
-from sarathi_jax.kv.cache import KVCache, allocate_cache, cache_shapes, row_major
-from sarathi_jax.models import Attend, ModelFunction
-from sarathi_jax.parallel.logits import gather_logits, sample_split
-from sarathi_jax.parallel.tensor import AXIS, CACHE_SPEC, TensorSplit, spec_of
-from sarathi_jax.sampling import Drawn, SamplingParamsArrays, SamplingTable, prompt_logprobs
+from sarathi_jax.kv.cache import allocate_cache, row_major
+from sarathi_jax.parallel import AXIS, split_layers
+from sarathi_jax.parallel.pipeline import is_local
+from sarathi_jax.parallel.tensor import CACHE_SPEC
+from sarathi_jax.parallel.transfer import Transfer, put_everywhere
+from sarathi_jax.sampling import SamplingMirror
+from sarathi_jax.step_program import EVERYWHERE, StepOutput, StepProgram, deliver, scratch_bytes
 
 _MAX_COMPILE_THREADS = 4
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class StepOutput:
-    """What a step leaves for the host, still on the device.
+class MicroBatch:
+    """A step on its way through the stages, as the host has it.
 
     Attributes:
-      drawn: tokens and their log-probabilities, one row a sequence of the step.
-      prompt: log-probabilities of prompt tokens, one row a token: f32[T], i32[T, k], f32[T, k].
+      bucket: which of the compiled sizes.
+      buffer: i32[size] from that layout's `pack`.
+      sampling: of the sampling parameters what changed since the micro-batch before (`SamplingTable.changes`).
     """
 
-    drawn: Drawn
-    prompt: tuple[jax.Array, jax.Array, jax.Array]
+    bucket: int
+    buffer: np.ndarray
+    sampling: Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,196 +58,185 @@ class StartUp:
     temp_bytes: int
 
 
-def scratch_bytes(program: jax.stages.Compiled) -> int:
-    """Memory that a program needs while it runs, beside arguments and results; 0 where XLA does not tell."""
-    memory = program.memory_analysis()
-    return 0 if memory is None else memory.temp_size_in_bytes
-
-
-class StepProgram:
-    """What one step computes, as a pure function of parameters, cache, history, batch and sampling parameters.
+class StageRunner:
+    """One stage on its devices: parameters, cache, history and programs.
 
     Args:
-      model: what to compute.
-      engine: buckets, rows, dtype, attention backend.
-      cache: size of the KV cache.
-      device_kind: attention kernels are cut as was measured best on such a device; None: by heuristic.
+      program: what it computes.
+      params: dotted path -> array, as `ModelFunction.shapes`.
+      programs: compiled, by bucket.
+      mesh: its devices.
+      engine, cache: as of the program.
     """
 
-    def __init__(self, model: ModelConfig, engine: EngineConfig, cache: CacheConfig, device_kind: str | None = None):
-        self._model = model
-        self._cache = cache
-        self._num_rows = engine.max_running
-        self._dtype = jnp.dtype(engine.dtype)
-        self._split = TensorSplit(model, engine.tp)
-        self._axis = AXIS if engine.tp > 1 else None
-        self._function = ModelFunction(self._split.local, self._dtype, engine.quantization, self._axis)
-        self._shapes = ModelFunction(self._split.widened, self._dtype, engine.quantization).shapes
-        self._backend = engine.attention_backend
-        self._device_kind = device_kind
-        self.layouts = {bucket: BatchLayout(bucket, engine.max_running, cache) for bucket in engine.buckets}
-        # Flat leaves: handing a nested state to a compiled program costs more than a small step.
-        self.parameter_names = tuple(self._shapes)
+    def __init__(
+        self,
+        program: StepProgram,
+        params: Mapping[str, jax.Array],
+        programs: dict[int, jax.stages.Compiled],
+        mesh: Mesh,
+        engine: EngineConfig,
+        cache: CacheConfig,
+    ):
+        self.parameter_names = program.parameter_names
+        self.params = tuple(params[name] for name in program.parameter_names)
+        self.programs = programs
+        self.everywhere = NamedSharding(mesh, EVERYWHERE)
+        cache_format = row_major(NamedSharding(mesh, CACHE_SPEC))
+        self.cache = allocate_cache(program.cached_model, cache, jnp.dtype(engine.dtype), cache_format)
+        shape = program.history_shape
+        self.history = None if shape is None else put_everywhere(np.zeros(shape, np.int32), self.everywhere)
+        self._sampling = SamplingMirror(self._put) if program.stage.is_last else None
 
-    @property
-    def history_shape(self) -> tuple[int, int]:
-        """[R, L + 1]: every row's tokens, and a place for the one drawn behind the longest sequence."""
-        return self._num_rows, self._cache.max_model_len + 1
-
-    def compile(self, bucket: int, mesh: Mesh) -> jax.stages.Compiled:
-        """Compiles the step of a bucket from shapes alone."""
-        return self.trace(bucket, mesh).lower().compile()
-
-    def trace(self, bucket: int, mesh: Mesh | None = None) -> jax.stages.Traced:
-        """Traces the step of a bucket from shapes alone; cache and history are donated, so updated in place.
+    def run(self, batch: MicroBatch, hidden: jax.Array | None) -> Any:
+        """Starts a step and returns at once: with hidden rows for the next stage, or a `StepOutput`.
 
         Args:
-          bucket: one of `layouts`.
-          mesh: `tp` devices, which may be there or not; None leaves the place open, and with it how the cache lies in
-            memory: for one device.
+          batch: the step.
+          hidden: rows of the stage before.
         """
-        layout = self.layouts[bucket]
-
-        def step(params, cache, history, buffer, sampling):
-            return self._step(params, cache, history, layout.unpack(buffer), sampling)
-
-        params = tuple(self._shapes[name] for name in self.parameter_names)
-        specs = tuple(map(spec_of, self.parameter_names))
-        history = jax.ShapeDtypeStruct(self.history_shape, jnp.int32)
-        buffer = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-        sampling = SamplingTable(self._num_rows, self._model.vocab_size).arrays()
-        if mesh is None:
-            cache = cache_shapes(self._split.widened, self._cache, self._dtype)
-            return jax.jit(step, donate_argnums=(1, 2)).trace(params, cache, history, buffer, sampling)
-        everywhere = PartitionSpec()
-        if self._axis is not None:
-            step = jax.shard_map(
-                step,
-                mesh=mesh,
-                in_specs=(specs, CACHE_SPEC, everywhere, everywhere, everywhere),
-                out_specs=(CACHE_SPEC, everywhere, everywhere),
-                check_vma=False,
-            )
-
-        def placed(x, spec=everywhere):
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-
-        format = row_major(NamedSharding(mesh, CACHE_SPEC))
-        cache = cache_shapes(self._split.widened, self._cache, self._dtype, format)
-        program = jax.jit(step, donate_argnums=(1, 2), out_shardings=(format, None, None))
-        return program.trace(
-            tuple(map(placed, params, specs)), cache, placed(history), placed(buffer), jax.tree.map(placed, sampling)
+        sampling = None if self._sampling is None else self._sampling.update(batch.sampling)
+        self.cache, self.history, output = self.programs[batch.bucket](
+            self.params, self.cache, self.history, hidden, self._put(batch.buffer), sampling
         )
+        return output
 
-    def _step(
-        self,
-        params: tuple[jax.Array, ...],
-        cache: KVCache,
-        history: jax.Array,
-        batch: StepBatch[jax.Array],
-        sampling: SamplingParamsArrays,
-    ) -> tuple[KVCache, jax.Array, StepOutput]:
-        """The program: tokens in, cache and history on, drawn tokens out."""
-        model = self._function.bind(dict(zip(self.parameter_names, params, strict=True)))
-        # The newest token of a sequence may be known to the device alone: it stands in the sequence's own row.
-        tokens = jnp.where(batch.tokens >= 0, batch.tokens, history[batch.token_rows, batch.positions])
-        history = history.at[batch.token_rows, batch.positions].set(tokens, mode="drop")
-        hidden, cache = model.hidden(tokens, batch.positions, self._attend(batch), cache)
-        last = jnp.maximum(batch.chunk_starts[1:] - 1, 0)
-        active = batch.samples != 0
-        axis, vocab_size = self._axis, self._model.vocab_size
-        logits = model.logits(hidden[last])
-        drawn = sample_split(logits, axis, vocab_size, batch.rows, batch.kv_lens, history, sampling, active)
-
-        def head(hidden):
-            return gather_logits(model.logits(hidden), axis, vocab_size)
-
-        rows = jnp.where(active, batch.rows, history.shape[0])
-        history = history.at[rows, batch.kv_lens].set(drawn.tokens, mode="drop")
-        wants_prompt = jnp.any(batch.targets >= 0)
-        return cache, history, StepOutput(drawn, prompt_logprobs(hidden, head, batch.targets, wants_prompt))
-
-    def _attend(self, batch: StepBatch[jax.Array]) -> Attend:
-        def attend(layer, q, k, v, layer_cache):
-            return ragged_paged_attention(
-                q,
-                k,
-                v,
-                layer_cache,
-                batch.write_indices,
-                batch.chunk_starts,
-                batch.kv_lens,
-                batch.block_tables,
-                batch.num_decodes[0],
-                batch.num_chunks[0],
-                scale=1 / math.sqrt(self._model.head_dim),
-                window=self._model.windows[layer],
-                backend=self._backend,
-                device_kind=self._device_kind,
-            )
-
-        return attend
+    def _put(self, values: np.ndarray) -> jax.Array:
+        return put_everywhere(values, self.everywhere)
 
 
 class Runner:
-    """Runs steps on the device. Every bucket's program is compiled when the runner is built, none later.
+    """Runs steps on the devices of one replica. Every program is compiled when the runner is built, none later.
+
+    The stages form a pipeline that moves in ticks: in a tick every stage starts the micro-batch that stands before it,
+    then every result is sent on. Whatever runs on a device was enqueued in the order in which it will run, on all
+    devices and in all processes alike, so that no two of them ever wait for each other.
 
     Args:
       model: what to compute.
-      params: dotted path -> array, as `ModelFunction.shapes`.
-      engine: buckets, rows, dtype, attention backend.
+      params: of each stage that has devices in this process, by its index: dotted path -> array.
+      engine: buckets, rows, dtype, attention backend, tp and pp.
       cache: size of the KV cache.
-      mesh: the devices, `tp` of them.
+      meshes: devices of each stage.
       progress: shows a bar while compiling.
     """
 
     def __init__(
         self,
         model: ModelConfig,
-        params: Mapping[str, jax.Array],
+        params: Mapping[int, Mapping[str, jax.Array]],
         engine: EngineConfig,
         cache: CacheConfig,
-        mesh: Mesh,
+        meshes: Sequence[Mesh],
         progress: bool = True,
     ):
         check_platform(engine.attention_backend, jax.default_backend())
         logging.info("attention backend: %s", engine.attention_backend)
-        program = StepProgram(model, engine, cache, mesh.devices.flat[0].device_kind)
-        self.layouts = program.layouts
-        self.parameter_names = program.parameter_names
-        self.params = tuple(params[name] for name in program.parameter_names)
+        device_kind = meshes[0].devices.flat[0].device_kind
+        programs = [StepProgram(model, engine, cache, stage, device_kind) for stage in split_layers(model, engine)]
+        self.layouts = programs[0].layouts
         self._compiles = CompileCounter()
-        start_s = time.perf_counter()
-        # Largest first: with several cores the last one to finish should be a small one.
-        order = engine.buckets[::-1]
-        with ThreadPoolExecutor(min(_MAX_COMPILE_THREADS, os.cpu_count() or 1)) as threads:
-            compiled = threads.map(lambda bucket: program.compile(bucket, mesh), order)
-            bar = tqdm(compiled, "compile", total=len(order), unit="program", disable=not progress, leave=False)
-            self.programs: dict[int, jax.stages.Compiled] = dict(zip(order, bar, strict=True))
-        self.start_up = StartUp(
-            num_programs=len(self.programs),
-            compile_s=time.perf_counter() - start_s,
-            temp_bytes=max(map(scratch_bytes, self.programs.values())),
-        )
-        format = row_major(NamedSharding(mesh, CACHE_SPEC))
-        self.cache = allocate_cache(TensorSplit(model, engine.tp).widened, cache, jnp.dtype(engine.dtype), format)
-        self.everywhere = NamedSharding(mesh, PartitionSpec())
-        self._history = jax.device_put(np.zeros(program.history_shape, np.int32), self.everywhere)
         self.num_late_compiles = 0
+        start_s = time.perf_counter()
+        compiled = _compile_all(_jobs(programs, engine.buckets, meshes), progress)
+        compile_s = time.perf_counter() - start_s
+        self.stages = {
+            i: StageRunner(
+                programs[i], params[i], {b: compiled["step", i, b] for b in engine.buckets}, mesh, engine, cache
+            )
+            for i, mesh in enumerate(meshes)
+            if is_local(mesh)
+        }
+        self._transfers = {key[1:]: value for key, value in compiled.items() if key[0] == "transfer"}
+        self._return = compiled.get(("return",))
+        self._deliver = compiled.get(("deliver",))
+        steps = [program for key, program in compiled.items() if key[0] == "step"]
+        self.start_up = StartUp(len(compiled), compile_s, max(map(scratch_bytes, steps)))
+        # Before each stage the micro-batch that it runs in the next tick, with the rows of the stage before.
+        self._standing: list[tuple[MicroBatch, jax.Array | None] | None] = [None] * len(meshes)
 
-    def run(self, bucket: int, buffer: np.ndarray, sampling: SamplingParamsArrays) -> StepOutput:
-        """Starts a step and returns at once. A compilation here is a bug: it is logged as an error and counted.
+    @property
+    def num_stages(self) -> int:
+        return len(self._standing)
+
+    def tick(self, batch: MicroBatch | None) -> StepOutput | None:
+        """Lets a micro-batch in, moves all on by one stage, and returns at once.
+
+        A compilation here is a bug: it is logged as an error and counted.
 
         Args:
-          bucket: one of `layouts`.
-          buffer: i32[size] from that layout's `pack`.
-          sampling: parameters of every row.
+          batch: what enters; None: nothing does.
+
+        Returns:
+          What came out of the last stage, so of the micro-batch that entered pp - 1 ticks ago; None if there was none,
+          or in a process that has none of the last stage's devices.
         """
         before = self._compiles.count
-        self.cache, self._history, output = self.programs[bucket](
-            self.params, self.cache, self._history, jax.device_put(buffer, self.everywhere), sampling
-        )
+        self._standing[0] = None if batch is None else (batch, None)
+        buckets = sorted({entry[0].bucket for entry in self._standing if entry is not None})
+        outputs = [None if entry is None else self._run(i, *entry) for i, entry in enumerate(self._standing)]
+        leaving = self._standing[-1]
+        for i in reversed(range(1, len(self._standing))):
+            self._standing[i] = self._move(i, self._standing[i - 1], outputs[i - 1])
+        if leaving is not None and self._return is not None:
+            newest = self._return.run(None if outputs[-1] is None else outputs[-1].newest)
+            if self._deliver is not None:
+                self.stages[0].history = self._deliver(self.stages[0].history, newest)
         if self._compiles.count != before:
             self.num_late_compiles += self._compiles.count - before
-            logging.error("a step of bucket %d compiled a program after warm-up; please report this", bucket)
-        return output
+            names = ", ".join(map(str, buckets))
+            logging.error("a step of bucket %s compiled a program after warm-up; please report this", names)
+        return outputs[-1]
+
+    def _run(self, stage: int, batch: MicroBatch, hidden: jax.Array | None) -> Any:
+        return self.stages[stage].run(batch, hidden) if stage in self.stages else None
+
+    def _move(
+        self, stage: int, entry: tuple[MicroBatch, Any] | None, hidden: jax.Array | None
+    ) -> tuple[MicroBatch, jax.Array | None] | None:
+        """Sends the rows of the stage before on to `stage`."""
+        if entry is None:
+            return None
+        batch = entry[0]
+        transfer = self._transfers.get((stage, batch.bucket))
+        return batch, None if transfer is None else transfer.run(hidden)
+
+
+def _jobs(
+    programs: Sequence[StepProgram], buckets: Sequence[int], meshes: Sequence[Mesh]
+) -> dict[tuple, Callable[[], Any]]:
+    """What this process compiles. The largest first: with several cores the last to finish should be small."""
+    jobs: dict[tuple, Callable[[], Any]] = {}
+    for bucket in reversed(buckets):
+        for i, (program, mesh) in enumerate(zip(programs, meshes, strict=True)):
+            if is_local(mesh):
+                jobs["step", i, bucket] = lambda p=program, b=bucket, m=mesh: p.compile(b, m)
+    for bucket in buckets:
+        shape = programs[0].hidden_part(bucket)
+        for i in range(1, len(meshes)):
+            ends = meshes[i - 1], meshes[i]
+            if any(map(is_local, ends)):
+                jobs["transfer", i, bucket] = lambda e=ends, s=shape: Transfer(
+                    *e, s, np.dtype(np.float32), PartitionSpec(AXIS)
+                )
+    if len(meshes) > 1:
+        ends, shape = (meshes[-1], meshes[0]), programs[0].newest_shape
+        if any(map(is_local, ends)):
+            jobs["return",] = lambda: Transfer(*ends, shape, np.dtype(np.int32), EVERYWHERE)
+        if is_local(meshes[0]):
+            jobs["deliver",] = lambda: _compile_deliver(programs[0], meshes[0])
+    return jobs
+
+
+def _compile_deliver(program: StepProgram, mesh: Mesh) -> jax.stages.Compiled:
+    everywhere = NamedSharding(mesh, EVERYWHERE)
+    shapes = (program.history_shape, program.newest_shape)
+    arguments = [jax.ShapeDtypeStruct(shape, np.int32, sharding=everywhere) for shape in shapes]
+    return jax.jit(deliver, donate_argnums=0).lower(*arguments).compile()
+
+
+def _compile_all(jobs: Mapping[tuple, Callable[[], Any]], progress: bool) -> dict[tuple, Any]:
+    with ThreadPoolExecutor(min(_MAX_COMPILE_THREADS, os.cpu_count() or 1)) as threads:
+        done = threads.map(lambda job: job(), jobs.values())
+        bar = tqdm(done, "compile", total=len(jobs), unit="program", disable=not progress, leave=False)
+        return dict(zip(jobs, bar, strict=True))

@@ -1,16 +1,18 @@
 """How large the KV cache can be: what the device has left beside the weights and the largest program."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from jax.sharding import Mesh
 
 from sarathi_jax.config import CacheConfig, ConfigError, EngineConfig, ModelConfig
 from sarathi_jax.kv.cache import block_bytes
-from sarathi_jax.parallel import TensorSplit
-from sarathi_jax.runner import StepProgram, scratch_bytes
+from sarathi_jax.parallel import Stage, split_layers
+from sarathi_jax.parallel.pipeline import is_local
+from sarathi_jax.step_program import StepProgram, scratch_bytes
 
 
-def plan_cache(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> CacheConfig:
+def plan_cache(model: ModelConfig, engine: EngineConfig, meshes: Sequence[Mesh]) -> CacheConfig:
     """Sizes the cache; call it when the weights are on the devices.
 
     Without `num_blocks` the cache holds as many blocks as `max_num_seqs` sequences can use, or as many as fit.
@@ -35,28 +37,38 @@ def plan_cache(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> CacheCon
     cache = CacheConfig(wanted, engine.block_size, max_model_len)
     if engine.num_blocks is not None:
         return cache
-    served = TensorSplit(model, engine.tp).widened
-    bytes_each, free = block_bytes(served, engine.block_size, engine.dtype), free_bytes(mesh)
-    if wanted * bytes_each <= free * engine.memory_fraction / 2:
-        return cache
+    fits = min(
+        _blocks_that_fit(model, engine, cache, stage, mesh)
+        for stage, mesh in zip(split_layers(model, engine), meshes, strict=True)
+        if is_local(mesh)
+    )
+    return CacheConfig(min(wanted, fits), engine.block_size, max_model_len)
+
+
+def _blocks_that_fit(model: ModelConfig, engine: EngineConfig, cache: CacheConfig, stage: Stage, mesh: Mesh) -> int:
+    """Blocks that the devices of one stage can hold, as many as `cache` wants or fewer."""
+    program = StepProgram(model, engine, cache, stage, mesh.devices.flat[0].device_kind)
+    bytes_each, free = block_bytes(program.cached_model, engine.block_size, engine.dtype), free_bytes(mesh, engine)
+    if cache.num_blocks * bytes_each <= free * engine.memory_fraction / 2:
+        return cache.num_blocks
     # Scratch memory does not depend on the size of the cache, which is donated.
-    program = StepProgram(model, engine, cache, mesh.devices.flat[0].device_kind).compile(engine.buckets[-1], mesh)
-    left = free - mesh.size * scratch_bytes(program)
+    left = free - mesh.size * scratch_bytes(program.compile(engine.buckets[-1], mesh))
     fits = int(left * engine.memory_fraction) // bytes_each
     if fits < 2:
         raise ConfigError(
             f"{free / 1e9:.2f} GB are free beside the weights, too little for the scratch memory of a step of "
-            f"{engine.buckets[-1]} tokens and a KV cache: lower token_budget or use a smaller model"
+            f"{engine.buckets[-1]} tokens and a KV cache: lower token_budget, use more devices (tp, pp) or a smaller "
+            "model"
         )
-    return CacheConfig(min(wanted, fits), engine.block_size, max_model_len)
+    return fits
 
 
-def free_bytes(mesh: Mesh) -> int:
-    """Memory that can be filled evenly on all devices, in all; on a CPU, of the machine."""
+def free_bytes(mesh: Mesh, engine: EngineConfig) -> int:
+    """Memory that can be filled evenly on all devices, in all; on a CPU, the machine's, which all stages share."""
     stats = [device.memory_stats() for device in mesh.devices.flat]
     if all(one and "bytes_limit" in one for one in stats):
         return mesh.size * min(one["bytes_limit"] - one["bytes_in_use"] for one in stats)
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
+            return int(line.split()[1]) * 1024 // (engine.pp * engine.dp)
     raise ConfigError("this system does not tell how much memory is free: give num_blocks")

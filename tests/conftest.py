@@ -9,6 +9,11 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 
+# Here, because the conftest of a folder below may import jax before `pytest_configure` runs.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# Virtual ones; who asks for no mesh uses the first alone.
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # Before anything imports jax. Workers of pytest-xdist inherit the environment, so one compiles for all.
@@ -16,9 +21,6 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.mkdtemp(prefix="sarathi-jax-test-cache-")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-    # Virtual ones; who asks for no mesh uses the first alone.
-    os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 
 
 @pytest.fixture(scope="session")

@@ -28,11 +28,12 @@ ROWS = (
         "sarathi_jax.sampling",
         "sarathi_jax.parallel",
         "sarathi_jax.compiling",
+        "sarathi_jax.step_program",
         "sarathi_jax.runner",
         "sarathi_jax.sizing",
     ),
     ("sarathi_jax.telemetry", "sarathi_jax.tokenizer", "sarathi_jax.output"),
-    ("sarathi_jax.executor", "sarathi_jax.clock", "sarathi_jax.engine", "sarathi_jax.llm"),
+    ("sarathi_jax.executor", "sarathi_jax.clock", "sarathi_jax.engine", "sarathi_jax.replica", "sarathi_jax.llm"),
     ("sarathi_jax.training",),
     (
         "sarathi_jax.jobs",

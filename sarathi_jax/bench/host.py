@@ -31,8 +31,9 @@ class PackingExecutor:
         self._sequences = sequences
         self._scheduler = scheduler
 
-    def launch(self, plan: StepPlan) -> StepPlan:
-        self._layouts[plan.bucket].pack(plan, self._sequences, self._scheduler.table)
+    def launch(self, plan: StepPlan | None) -> StepPlan | None:
+        if plan is not None:
+            self._layouts[plan.bucket].pack(plan, self._sequences, self._scheduler.table)
         return plan
 
     def collect(self, handle: StepPlan) -> StepResult:

@@ -25,21 +25,31 @@ from sarathi_jax.models.layers import (
 class LanguageModel(nnx.Module):
     """A decoder-only model. Layers are unrolled: a scan over stacked layers copies each layer's weights on CPU.
 
-    Under a mesh axis, `config` is what one device has of the model.
+    Args:
+      config: the model; under a mesh axis, what one device has of it.
+      dtype: of its parameters.
+      axis: of the mesh over which its layers are split, or None.
+      layers: the consecutive ones that this stage of a pipeline has; the embedding comes with the first of all, norm
+        and head with the last. Parameters keep the names that they have in the whole model.
     """
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, axis: str | None = None):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, axis: str | None, layers: range):
         layer_type, norm_type = (FalconLayer, LayerNorm) if config.architecture == "falcon" else (DecoderLayer, RMSNorm)
+        has_end = layers.stop == config.num_layers
+        has_embedding = layers.start == 0 or (has_end and config.tie_embeddings)
+        has_head = has_end and not config.tie_embeddings
         self.config = config
-        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype, axis)
-        self.layers = nnx.List([layer_type(config, dtype, axis) for _ in range(config.num_layers)])
-        self.norm = norm_type(config.hidden_size, config.norm_eps, dtype)
-        self.head = None if config.tie_embeddings else Linear((config.vocab_size, config.hidden_size), dtype)
+        self.own_layers = layers
+        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype, axis) if has_embedding else None
+        every = range(config.num_layers)
+        self.layers = nnx.List([layer_type(config, dtype, axis) if i in layers else None for i in every])
+        self.norm = norm_type(config.hidden_size, config.norm_eps, dtype) if has_end else None
+        self.head = Linear((config.vocab_size, config.hidden_size), dtype) if has_head else None
 
     def hidden(
         self, tokens: jax.Array, positions: jax.Array, attend: Attend, state: list[LayerState]
     ) -> tuple[jax.Array, list[LayerState]]:
-        """Everything but the head.
+        """Everything but the head, of a whole model.
 
         Args:
           tokens: i32[T].
@@ -50,16 +60,38 @@ class LanguageModel(nnx.Module):
         Returns:
           f32[T, E] after the last norm, and the new state.
         """
-        x, rotation = self.embed(tokens), rotation_table(self.config, positions)
+        x, state = self.run_layers(self.embedded(tokens), positions, attend, state)
+        return self.normed(x), state
+
+    def embedded(self, tokens: jax.Array) -> jax.Array:
+        """Maps i32[T] to f32[T, E]; for the first stage."""
+        assert self.embed is not None
+        return self.embed(tokens)
+
+    def run_layers(
+        self, x: jax.Array, positions: jax.Array, attend: Attend, state: list[LayerState]
+    ) -> tuple[jax.Array, list[LayerState]]:
+        """The layers that are here: f32[T, E] -> f32[T, E]; other arguments as in `hidden`."""
+        rotation = rotation_table(self.config, positions)
         new_state = []
-        for i, layer in enumerate(self.layers):
-            x, layer_state = layer(x, rotation, attend, i, state[i])
+        for i, layer_state in zip(self.own_layers, state, strict=True):
+            layer = self.layers[i]
+            assert layer is not None
+            x, layer_state = layer(x, rotation, attend, i, layer_state)
             new_state.append(layer_state)
-        return self.norm(x), new_state
+        return x, new_state
+
+    def normed(self, x: jax.Array) -> jax.Array:
+        """The last norm, f32[T, E] -> f32[T, E]; for the last stage."""
+        assert self.norm is not None
+        return self.norm(x)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Maps f32[T, E] to f32[T, V]; under a mesh axis V is of the device's own tokens."""
-        return product(hidden, self.embed.weight[...]) if self.head is None else self.head(hidden)
+        """Maps f32[T, E] to f32[T, V], for the last stage; under a mesh axis V is of the device's own tokens."""
+        if self.head is not None:
+            return self.head(hidden)
+        assert self.embed is not None
+        return product(hidden, self.embed.weight[...])
 
 
 class ModelFunction:
@@ -70,6 +102,7 @@ class ModelFunction:
       dtype: of its parameters.
       quantization: of the weights of its products, or None; a tied head is none of them.
       axis: of the mesh over which its layers are split, or None; `config` is then one device's part.
+      layers: those of one stage of a pipeline; None: all.
     """
 
     def __init__(
@@ -78,9 +111,10 @@ class ModelFunction:
         dtype: jnp.dtype,
         quantization: Quantization | None = None,
         axis: str | None = None,
+        layers: range | None = None,
     ):
         def build() -> LanguageModel:
-            model = LanguageModel(config, dtype, axis)
+            model = LanguageModel(config, dtype, axis, range(config.num_layers) if layers is None else layers)
             if quantization is not None:
                 _quantize(model, quantization)
             return model
@@ -120,7 +154,7 @@ def _quantize(module: nnx.Module, quantization: Quantization) -> None:
         if isinstance(child, Linear):
             setattr(module, name, QuantizedLinear(child, quantization))
         elif isinstance(child, nnx.List):
-            for item in child:
+            for item in filter(None, child):
                 _quantize(item, quantization)
         elif isinstance(child, nnx.Module):
             _quantize(child, quantization)

@@ -7,8 +7,6 @@ several of them, each with some of its query heads.
 
 import dataclasses
 import re
-from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -62,12 +60,17 @@ class TensorSplit:
     size: int
 
     def __post_init__(self):
-        if problem := self._problem(self.size):
-            works = [n for n in range(1, self.model.num_heads + 1) if not self._problem(n)]
-            raise ConfigError(f"tp={self.size}: {problem}; tp may be {', '.join(map(str, works))}")
+        if problem := self._problem(self.model, self.size):
+            works = ", ".join(map(str, self.sizes(self.model)))
+            raise ConfigError(f"tp={self.size}: {problem}; tp may be {works}")
 
-    def _problem(self, size: int) -> str | None:
-        model = self.model
+    @classmethod
+    def sizes(cls, model: ModelConfig) -> list[int]:
+        """Every number of devices over which a model can be split."""
+        return [size for size in range(1, model.num_heads + 1) if not cls._problem(model, size)]
+
+    @staticmethod
+    def _problem(model: ModelConfig, size: int) -> str | None:
         if size < 1:
             return "there must be at least one device"
         if model.num_heads % size:
@@ -131,17 +134,3 @@ class TensorSplit:
         values = self.widen(path, values)
         sharding = NamedSharding(mesh, spec_of(path))
         return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
-
-
-def make_mesh(size: int, devices: Sequence[Any]) -> Mesh:
-    """The first `size` devices in a row.
-
-    Raises:
-      ConfigError: there are fewer.
-    """
-    if size > len(devices):
-        hint = f"; JAX_NUM_CPU_DEVICES={size} makes virtual ones" if devices[0].platform == "cpu" else ""
-        raise ConfigError(
-            f"tp={size} needs {size} devices, there are {len(devices)} ({devices[0].device_kind}): lower tp{hint}"
-        )
-    return Mesh(np.asarray(devices[:size]), (AXIS,))

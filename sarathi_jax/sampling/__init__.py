@@ -2,10 +2,17 @@
 
 from sarathi_jax.sampling.logprobs import prompt_logprobs
 from sarathi_jax.sampling.sampler import Drawn, first_argmax, is_argmax, sample
-from sarathi_jax.sampling.table import SamplingParamsArrays, SamplingTable, check_vocabulary
+from sarathi_jax.sampling.table import (
+    SamplingMirror,
+    SamplingParamsArrays,
+    SamplingTable,
+    check_vocabulary,
+    sampling_shapes,
+)
 
 __all__ = [
     "Drawn",
+    "SamplingMirror",
     "SamplingParamsArrays",
     "SamplingTable",
     "check_vocabulary",
@@ -13,4 +20,5 @@ __all__ = [
     "is_argmax",
     "prompt_logprobs",
     "sample",
+    "sampling_shapes",
 ]

@@ -1,9 +1,11 @@
 """`SamplingTable`: the sampling parameters of the running sequences, one entry a device row."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sarathi_jax.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, RequestError, SamplingParams
@@ -77,22 +79,16 @@ _NEUTRAL: dict[str, Any] = {
 class SamplingTable:
     """Host side of the sampling parameters: a running sequence owns a row, every other row is neutral.
 
-    Each field is copied to the device only when a row of it changed, so most steps transfer nothing, and nor does the
-    arrival of a greedy request that wishes for nothing more.
-
     Args:
       num_rows: sequences that may run at once.
       vocab_size: tokens of the model.
-      sharding: where the arrays go; None: the default device. On a mesh: replicated.
     """
 
-    def __init__(self, num_rows: int, vocab_size: int, sharding: jax.sharding.Sharding | None = None):
+    def __init__(self, num_rows: int, vocab_size: int):
         self.num_rows = num_rows
         self.vocab_size = vocab_size
-        self._sharding = sharding
-        self._host = {name: np.repeat(np.asarray(value)[None], num_rows, 0) for name, value in _NEUTRAL.items()}
-        self._device: dict[str, jax.Array] = {}
-        self._arrays: SamplingParamsArrays | None = None
+        self._fields = {name: np.repeat(np.asarray(value)[None], num_rows, 0) for name, value in _NEUTRAL.items()}
+        self._changed = set(self._fields)
 
     def set_row(self, row: int, sequence: Sequence) -> None:
         """Fills a row with the parameters of the sequence that runs in it.
@@ -107,24 +103,57 @@ class SamplingTable:
         """Makes a row neutral; a row that no step names as active may also be left as it is."""
         self._write(row, _NEUTRAL)
 
-    def arrays(self) -> SamplingParamsArrays:
-        """The table on the device; the same object until a row changes."""
-        if self._arrays is None:
-            stale = [name for name in self._host if name not in self._device]
-            # A copy: on CPU `device_put` may alias the buffer, and a later row would change a step in flight.
-            copies = [self._host[name].copy() for name in stale]
-            self._device.update(zip(stale, jax.device_put(copies, self._sharding), strict=True))
-            self._arrays = SamplingParamsArrays(**self._device)
-        return self._arrays
+    def changes(self) -> dict[str, np.ndarray]:
+        """The fields of which a row changed since the last call, whole; at first, all. Copies, for a
+        `SamplingMirror`.
+
+        Most steps change nothing, and nor does the arrival of a greedy request that wishes for nothing more.
+        """
+        changes = {name: self._fields[name].copy() for name in sorted(self._changed)}
+        self._changed.clear()
+        return changes
 
     def _write(self, row: int, values: dict[str, Any]) -> None:
         if not 0 <= row < self.num_rows:
             raise IndexError(f"row {row} is outside the sampling table of {self.num_rows} rows")
         for name, value in values.items():
-            if not np.array_equal(self._host[name][row], value):
-                self._host[name][row] = value
-                self._device.pop(name, None)
-                self._arrays = None
+            if not np.array_equal(self._fields[name][row], value):
+                self._fields[name][row] = value
+                self._changed.add(name)
+
+
+class SamplingMirror:
+    """Device side of the sampling parameters.
+
+    Args:
+      put: brings an array to the devices, all of it to each; the array is not changed any more.
+    """
+
+    def __init__(self, put: Callable[[np.ndarray], jax.Array]):
+        self._put = put
+        self._fields: dict[str, jax.Array] = {}
+        self._arrays: SamplingParamsArrays | None = None
+
+    def update(self, changes: Mapping[str, np.ndarray]) -> SamplingParamsArrays:
+        """Follows the table; the same object as before where nothing changed.
+
+        Args:
+          changes: what `SamplingTable.changes` returned, each time once.
+        """
+        if changes or self._arrays is None:
+            self._fields |= {name: self._put(values) for name, values in changes.items()}
+            self._arrays = SamplingParamsArrays(**self._fields)
+        return self._arrays
+
+
+def sampling_shapes(num_rows: int) -> SamplingParamsArrays:
+    """The arrays of so many rows as shapes, for tracing."""
+    fields = {name: np.asarray(value) for name, value in _NEUTRAL.items()}
+    return jax.eval_shape(
+        lambda: SamplingParamsArrays(
+            **{name: jnp.zeros((num_rows, *value.shape), value.dtype) for name, value in fields.items()}
+        )
+    )
 
 
 def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:

@@ -1,9 +1,11 @@
 """Stall-free batching (Sarathi-Serve, Algorithm 3): every running decode, then prefill chunks, then new requests.
 
-Where the paper is silent (admission, preemption, the bucket of a step) see docs/decisions/scheduler.md.
+Where the paper is silent (admission, preemption, the bucket of a step) see docs/decisions/scheduler.md; for pipelines,
+docs/decisions/pipeline-parallel.md.
 """
 
 import bisect
+import collections
 import heapq
 import math
 import operator
@@ -14,6 +16,7 @@ from sarathi_jax.sequence import Sequence, Status
 
 ARRIVAL = operator.attrgetter("seq_id")
 WATERMARK_FRACTION = 0.01  # of the pool, kept free at admission for the growth of running decodes
+SMALLEST_SHARE = 64  # tokens of prompts that a micro-batch takes before it leaves some to the next ones
 
 
 class SarathiScheduler:
@@ -22,14 +25,19 @@ class SarathiScheduler:
     `schedule` may be called while earlier steps still run: it counts what they compute as done and the tokens they
     draw as known, because the device runs steps in order.
 
+    In a pipeline of pp stages each call plans the micro-batch that enters next. A sequence that drew a token enters
+    again pp calls later, when the token is back at the first stage; the chunks of a prompt follow each other at once.
+    Decodes and prompts are shared out evenly among the micro-batches in flight, which use one bucket.
+
     Args:
       pool: the blocks of the KV cache; every block of it that is out belongs to a running sequence.
       block_size: tokens of a block.
       buckets: compiled step sizes, ascending; the last is the largest step.
-      max_num_seqs: device rows, hence sequences that may run at once (at most the largest bucket do, so that every
-        decode always fits into it).
+      max_num_seqs: device rows, hence sequences that may run at once (at most as many as the largest bucket holds in
+        each of the micro-batches in flight do, so that every decode always fits).
       window: tokens that a query can see, itself included, or None for all of them; blocks that left it are freed.
       max_model_len: longest prompt + output in tokens.
+      num_stages: pp.
       chooser: token limit of a step by its decodes and prefill demand; None: `FillToEdge(buckets)`.
     """
 
@@ -42,12 +50,13 @@ class SarathiScheduler:
         max_num_seqs: int,
         window: int | None,
         max_model_len: int,
+        num_stages: int = 1,
         chooser: Chooser | None = None,
     ):
         self._pool = pool
         self._block_size = block_size
         self._buckets = buckets
-        self._max_running = min(max_num_seqs, buckets[-1])
+        self._max_running = min(max_num_seqs, num_stages * buckets[-1])
         self._window = window
         self._max_model_len = max_model_len
         self._chooser = chooser or FillToEdge(buckets)
@@ -57,6 +66,11 @@ class SarathiScheduler:
         self._running: list[Sequence] = []
         self._tables: dict[int, BlockTable] = {}
         self._free_rows = list(range(max_num_seqs))  # a heap: the lowest free row goes first
+        self._num_stages = num_stages
+        # Sequences whose newest token is still on its way through the stages, for each of the last pp - 1 calls.
+        self._away: collections.deque[frozenset[int]] = collections.deque(maxlen=num_stages - 1)
+        # Token limit of the micro-batches in flight, and how many may still follow before it is chosen again.
+        self._limit, self._num_following = 0, 0
 
     def __repr__(self) -> str:
         return f"SarathiScheduler({self.num_running} running, {self.num_waiting} waiting, {self._pool})"
@@ -142,13 +156,15 @@ class SarathiScheduler:
         """
         live = self._live()
         preempted: list[int] = []
-        decodes, prefills = self._plan_decodes(live, preempted)
+        most_decodes = self._most_decodes(live)
+        decodes, prefills = self._plan_decodes(live, most_decodes, preempted)
         # Without blocks for everyone who runs there are none for newcomers, the preempted ones first of all.
         newcomers = [] if preempted else self._admissible(prefills, len(decodes))
 
-        demand = sum(self._room(seq) for seq in prefills) + sum(seq.num_uncomputed for seq in newcomers)
-        limit = self._chooser(len(decodes), demand)
-        budget = TokenBudget(max(self._buckets[0], min(limit, self._buckets[-1])))
+        if self._num_following == 0:
+            demand = sum(self._room(seq) for seq in prefills) + sum(seq.num_uncomputed for seq in newcomers)
+            self._choose(len(decodes) if self._num_stages == 1 else most_decodes, demand)
+        budget = TokenBudget(self._limit)
         budget.take(len(decodes))
         chunks: list[Chunk] = []
         for seq in prefills:
@@ -162,11 +178,30 @@ class SarathiScheduler:
         # The last token of a prompt alone in its chunk has the form of a decode: it goes with them.
         decodes += [chunk for chunk in chunks if chunk.length == 1 and chunk.samples]
         chunks = [chunk for chunk in chunks if chunk.length > 1 or not chunk.samples]
+        self._away.append(frozenset(chunk.seq_id for chunk in (*decodes, *chunks) if chunk.samples))
         if not decodes and not chunks:
+            self._num_following = 0
             return None
+        self._num_following -= 1
         num_tokens = len(decodes) + sum(chunk.length for chunk in chunks)
-        bucket = self._buckets[bisect.bisect_left(self._buckets, num_tokens)]
+        filled = num_tokens if self._num_stages == 1 else self._limit
+        bucket = self._buckets[bisect.bisect_left(self._buckets, filled)]
         return StepPlan((*decodes, *chunks), bucket, len(decodes), tuple(preempted))
+
+    def _most_decodes(self, live: list[Sequence]) -> int:
+        """Decodes that the next micro-batch takes at most: an even share of all, so that none of them runs nearly
+        empty; no more than fit where its bucket is chosen already."""
+        if self._num_stages == 1:
+            return len(live)
+        share = -(-sum(seq.is_decode for seq in live) // self._num_stages)
+        return min(share, self._limit) if self._num_following else share
+
+    def _choose(self, num_decodes: int, num_prefill_tokens: int) -> None:
+        """Sets the token limit of the next pp micro-batches, among which the prompts are shared out."""
+        share = max(SMALLEST_SHARE, -(-num_prefill_tokens // self._num_stages))
+        limit = self._chooser(num_decodes, min(num_prefill_tokens, share))
+        self._limit = max(self._buckets[0], min(limit, self._buckets[-1]))
+        self._num_following = self._num_stages
 
     def _live(self) -> list[Sequence]:
         """The running sequences that go on, in arrival order, after freeing all blocks that nobody will read."""
@@ -180,8 +215,10 @@ class SarathiScheduler:
             live.append(seq)
         return live
 
-    def _plan_decodes(self, live: list[Sequence], preempted: list[int]) -> tuple[list[Chunk], list[Sequence]]:
-        """Plans every decode of `live` and preempts from its end where blocks lack.
+    def _plan_decodes(
+        self, live: list[Sequence], most: int, preempted: list[int]
+    ) -> tuple[list[Chunk], list[Sequence]]:
+        """Plans the decodes of `live`, up to so many, and preempts from its end where blocks lack.
 
         Victims come from the end and decodes are planned from the front, so nothing planned is ever preempted.
 
@@ -189,12 +226,15 @@ class SarathiScheduler:
           The chunks and the unfinished prefills that are left.
         """
         chunks, prefills = [], []
+        away = frozenset().union(*self._away)
         index = 0
         while index < len(live):
             seq = live[index]
             index += 1
             if not seq.is_decode:
                 prefills.append(seq)
+                continue
+            if seq.seq_id in away or len(chunks) == most:
                 continue
             start = seq.num_computed
             table = self._tables[seq.seq_id]
@@ -212,14 +252,14 @@ class SarathiScheduler:
         return chunks, prefills
 
     def _admissible(self, prefills: list[Sequence], num_decodes: int) -> list[Sequence]:
-        """The waiting sequences that could start now, first come first served, as far as a step can use them.
+        """The waiting sequences that could start now, first come first served, as far as pp steps can use them.
 
         A sequence starts only if all its known tokens fit beside what the prefills that run still need. So once no
         decode is left, every prefill finds its blocks: prefills never wait for each other, and need not preempt.
         """
         num_spare = self._pool.num_free - sum(self._blocks_missing(seq) for seq in prefills)
         num_rows = self._max_running - len(self._running)
-        num_tokens = self._buckets[-1] - num_decodes - sum(seq.num_uncomputed for seq in prefills)
+        num_tokens = self._num_stages * self._buckets[-1] - num_decodes - sum(seq.num_uncomputed for seq in prefills)
         newcomers: list[Sequence] = []
         for seq in self._waiting:
             # A preempted sequence's token in flight lives in a row that it lost: wait until the host knows it.

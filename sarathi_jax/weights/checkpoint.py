@@ -32,6 +32,7 @@ def load_parameters(
     *,
     quantization: Quantization | None = None,
     put: Put = put_on_default_device,
+    layers: range | None = None,
     progress: bool = True,
 ) -> dict[str, jax.Array]:
     """Loads the weights of a Hugging Face or Orbax directory.
@@ -45,6 +46,7 @@ def load_parameters(
       dtype: of the result; float16, bfloat16 and float32 files are cast.
       quantization: makes the weights of products 8 bits wide on the way (`EngineConfig.quantization`).
       put: brings the values of a path to where they are served.
+      layers: those of one stage of a pipeline, whose parameters alone are read; None: all.
       progress: show a progress bar.
 
     Returns:
@@ -54,10 +56,9 @@ def load_parameters(
       WeightsError: files missing, truncated or corrupt; tensors missing, unused, of a wrong shape or dtype.
     """
     directory = Path(directory)
-    quantized = ModelFunction(config, _numpy_dtype(dtype), quantization).quantized
-    if _is_orbax(directory):
-        return orbax.load(directory, config, _numpy_dtype(dtype), quantized, put, progress)
-    return huggingface.load(directory, config, _numpy_dtype(dtype), quantized, put, progress)
+    wanted = ModelFunction(config, _numpy_dtype(dtype), quantization, layers=layers)
+    load = orbax.load if _is_orbax(directory) else huggingface.load
+    return load(directory, config, _numpy_dtype(dtype), wanted.shapes.keys(), wanted.quantized, put, progress)
 
 
 def stored_dtype(directory: str | os.PathLike[str], config: ModelConfig) -> Dtype:
@@ -127,16 +128,20 @@ def random_parameters(
     seed: int,
     quantization: Quantization | None = None,
     put: Put = put_on_default_device,
+    layers: range | None = None,
 ) -> dict[str, jax.Array]:
     """Random weights for measurements: matrices of standard deviation 0.02, unit norms, zero biases.
 
-    They are drawn on the host (uniform: far quicker than normal, and nothing is compiled), so that a seed gives the
-    same weights on every device.
+    They are drawn on the host (uniform: far quicker than normal, and nothing is compiled), each parameter from a
+    generator of its own, so that a seed gives the same weights on every device and in every stage.
     """
-    generator = np.random.default_rng(seed)
-    quantized = ModelFunction(config, _numpy_dtype(dtype), quantization).quantized
+    wanted = ModelFunction(config, _numpy_dtype(dtype), quantization, layers=layers)
+    paths, quantized = wanted.shapes.keys(), wanted.quantized
     parameters = {}
-    for source in parameter_sources(config):
+    for i, source in enumerate(parameter_sources(config)):
+        if source.path not in paths:
+            continue
+        generator = np.random.default_rng([seed, i])
         buffer = aligned_empty(source.shape, _numpy_dtype(dtype))
         if source.path.endswith("norm.weight"):
             buffer[...] = 1

@@ -1,6 +1,6 @@
 """Parameters in a Hugging Face directory: one safetensors file, or shards with an index."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import jax
@@ -80,15 +80,23 @@ def check_tensors(stored: Mapping[str, StoredTensor], config: ModelConfig, direc
 
 
 def load(
-    directory: Path, config: ModelConfig, dtype: np.dtype, quantized: Mapping[str, np.dtype], put: Put, progress: bool
+    directory: Path,
+    config: ModelConfig,
+    dtype: np.dtype,
+    paths: Collection[str],
+    quantized: Mapping[str, np.dtype],
+    put: Put,
+    progress: bool,
 ) -> dict[str, jax.Array]:
-    """Loads every parameter, one at a time: see `sarathi_jax.weights.checkpoint.load_parameters`."""
+    """Loads the parameters of these paths, one at a time: see `sarathi_jax.weights.checkpoint.load_parameters`."""
     stored = stored_tensors(directory)
     check_tensors(stored, config, directory)
     parameters = {}
-    num_bytes = sum(stored[name].end - stored[name].begin for name in hf_tensors(config))
+    sources = [source for source in parameter_sources(config) if source.path in paths]
+    tensors = [stored[part.tensor_name] for source in sources for part in source.parts]
+    num_bytes = sum(tensor.end - tensor.begin for tensor in tensors)
     with bytes_bar("loading weights", num_bytes, progress) as bar:
-        for source in parameter_sources(config):
+        for source in sources:
             buffer = aligned_empty(source.shape, dtype)
             for part in source.parts:
                 for read_bytes in safetensors.read_into(stored[part.tensor_name], part.region(buffer)):

@@ -1,7 +1,7 @@
 """Parameters in an Orbax checkpoint: ``params/`` inside a model directory, one flat dict keyed by dotted path."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,15 @@ def stored_dtype(directory: Path) -> np.dtype:
 
 
 def load(
-    directory: Path, config: ModelConfig, dtype: np.dtype, quantized: Mapping[str, np.dtype], put: Put, progress: bool
+    directory: Path,
+    config: ModelConfig,
+    dtype: np.dtype,
+    paths: Collection[str],
+    quantized: Mapping[str, np.dtype],
+    put: Put,
+    progress: bool,
 ) -> dict[str, jax.Array]:
-    """Loads every parameter, some hundred megabytes at a time: see `sarathi_jax.weights.checkpoint.load_parameters`."""
+    """Loads the parameters of these paths, some hundred megabytes at a time: see `load_parameters` in `checkpoint`."""
     shapes = parameter_shapes(config)
     largest_bytes = max(math.prod(shape) for shape in shapes.values()) * 4
     with ocp.Checkpointer(_handler(largest_bytes)) as checkpointer:
@@ -52,7 +58,11 @@ def load(
                     f"{shape}; check that both are of the same model"
                 )
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        wanted = {path: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for path, shape in shapes.items()}
+        wanted = {
+            path: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+            for path, shape in shapes.items()
+            if path in paths
+        }
         parameters = {}
         with bytes_bar("loading weights", sum(map(_num_bytes, wanted.values())), progress) as bar:
             for group in _groups(wanted):

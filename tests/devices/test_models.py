@@ -7,7 +7,7 @@ import pytest
 
 from pallas_kernels.ragged_paged_attention import BACKENDS
 from sarathi_jax.config import CacheConfig, EngineConfig, ModelConfig
-from sarathi_jax.runner import StepProgram
+from sarathi_jax.step_program import StepProgram
 from sarathi_jax.weights.directory import load_model_yaml
 from tests.devices.compiling import compile_lowered, device_of, mesh_of
 

@@ -43,8 +43,9 @@ class Watched:
         self._executor = executor
         self.plans: list[StepPlan] = []
 
-    def launch(self, plan: StepPlan) -> Any:
-        self.plans.append(plan)
+    def launch(self, plan: StepPlan | None) -> Any:
+        if plan is not None:
+            self.plans.append(plan)
         return self._executor.launch(plan)
 
     def collect(self, handle: Any) -> StepResult:
@@ -63,9 +64,9 @@ class Scripted:
         self._scripts = scripts
         self._sequences = sequences
 
-    def launch(self, plan: StepPlan) -> list[int]:
+    def launch(self, plan: StepPlan | None) -> list[int]:
         tokens = []
-        for chunk in plan.chunks:
+        for chunk in () if plan is None else plan.chunks:
             seq = self._sequences[chunk.seq_id]
             tokens.append(self._scripts[seq.index][chunk.start + chunk.length - seq.num_prompt] if chunk.samples else 0)
         return tokens
@@ -134,7 +135,7 @@ class Served:
         self.llm = llm
         self.model = llm.model_config
         self.config = llm.engine_config
-        self.runner = llm._open_runner()
+        self.runner = llm._replicas[0].runner
         self.tokenizer = llm.tokenizer
         self._references: dict[str, RequestOutput] = {}
 
@@ -166,10 +167,11 @@ class Served:
             max_num_seqs=max_num_seqs,
             window=self.model.cache_window,
             max_model_len=MAX_LEN,
+            num_stages=self.config.pp,
             chooser=chooser,
         )
         sequences = {}
-        table = SamplingTable(self.config.max_running, self.model.vocab_size, self.runner.everywhere)
+        table = SamplingTable(self.config.max_running, self.model.vocab_size)
         device = DeviceExecutor(self.runner, table, sequences, scheduler.table)
         executor = Watched(device if scripts is None else Scripted(scripts, sequences))
         config = dataclasses.replace(self.config, overlap=overlap)

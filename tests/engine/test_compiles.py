@@ -86,14 +86,14 @@ def test_first_request_of_a_fresh_model_compiles_nothing(falcon: Served):
 
 
 def test_late_compile_is_noticed(decoder: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
-    program = decoder.runner.programs[4]
+    program = decoder.runner.stages[0].programs[4]
 
     def compiling(*args):
         jax.jit(lambda x: x * 3 + 1)(jnp.zeros(3))
         return program(*args)
 
     monkeypatch.setattr(decoder.runner, "num_late_compiles", 0)
-    monkeypatch.setitem(decoder.runner.programs, 4, compiling)
+    monkeypatch.setitem(decoder.runner.stages[0].programs, 4, compiling)
     with CompileEvents() as events, caplog.at_level(logging.ERROR):
         decoder.bench(overlap=False).run([(prompt_of(3), greedy(max_tokens=1))])
     assert events.seen
@@ -117,8 +117,8 @@ def test_step_updates_the_cache_in_place(served: str, request: pytest.FixtureReq
     model: Served = request.getfixturevalue(served)
     cache_bytes = NUM_BLOCKS * block_bytes(model.model, model.config.block_size, jnp.dtype(model.config.dtype))
     for bucket in model.config.buckets:
-        memory = model.runner.programs[bucket].memory_analysis()
-        assert memory.alias_size_in_bytes >= cache_bytes + model.runner._history.nbytes
+        memory = model.runner.stages[0].programs[bucket].memory_analysis()
+        assert memory.alias_size_in_bytes >= cache_bytes + model.runner.stages[0].history.nbytes
         assert memory.temp_size_in_bytes < cache_bytes / 4, bucket
 
 
@@ -126,7 +126,8 @@ def test_cache_stays_where_it_is(decoder: Served):
     """The buffers themselves: the same memory before and after many steps."""
 
     def addresses():
-        arrays = [*jax.tree.leaves(decoder.runner.cache), decoder.runner._history]
+        stage = decoder.runner.stages[0]
+        arrays = [*jax.tree.leaves(stage.cache), stage.history]
         return [array.unsafe_buffer_pointer() for array in arrays]
 
     before = addresses()

@@ -13,7 +13,7 @@ import pytest
 from pallas_kernels.ragged_paged_attention import BACKENDS, ragged_paged_attention
 from pallas_kernels.ragged_paged_attention.cases import CASES
 from sarathi_jax.config import CacheConfig, EngineConfig
-from sarathi_jax.runner import StepProgram
+from sarathi_jax.step_program import StepProgram
 from sarathi_jax.weights.directory import load_model_yaml
 from tests.kernels.abstract import on_h200, shapes_of
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sarathi_jax.request import Request, SamplingParams
-from sarathi_jax.sampling import Drawn, SamplingTable, sample
+from sarathi_jax.sampling import Drawn, SamplingMirror, SamplingParamsArrays, SamplingTable, sample
 from sarathi_jax.sequence import Sequence
 
 jit_sample = jax.jit(sample)
@@ -35,6 +35,11 @@ class Case:
         return Sequence(0, request, self.index)
 
 
+def on_device(table: SamplingTable) -> SamplingParamsArrays:
+    """A table that nobody has asked for its changes yet."""
+    return SamplingMirror(jnp.asarray).update(table.changes())
+
+
 def draw(cases: list[Case], rows: list[int] | None = None, size: int = 8) -> Drawn:
     """Runs one step of `size` rows with the cases in the given rows of the table, and padding after them.
 
@@ -59,7 +64,7 @@ def draw(cases: list[Case], rows: list[int] | None = None, size: int = 8) -> Dra
         jnp.asarray(np.pad(rows, (0, size - len(rows))), jnp.int32),
         jnp.asarray(positions),
         jnp.asarray(history),
-        table.arrays(),
+        on_device(table),
         jnp.arange(size) < len(cases),
     )
     return jax.tree.map(lambda x: np.asarray(x)[: len(cases)], drawn)
@@ -87,7 +92,7 @@ def draw_at_many_positions(case: Case, num_positions: int) -> np.ndarray:
     table.set_row(0, case.sequence)
     positions = jnp.arange(1, num_positions + 1, dtype=jnp.int32)
     history = jnp.zeros((1, 1), jnp.int32)
-    return np.asarray(_many()(jnp.asarray(case.logits, jnp.float32), positions, history, table.arrays()))
+    return np.asarray(_many()(jnp.asarray(case.logits, jnp.float32), positions, history, on_device(table)))
 
 
 def reference_scores(case: Case) -> np.ndarray:

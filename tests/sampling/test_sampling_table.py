@@ -3,12 +3,13 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sarathi_jax.request import MAX_LOGIT_BIAS, RequestError, SamplingParams
-from sarathi_jax.sampling import SamplingTable, check_vocabulary
-from tests.sampling.sampling_support import Case
+from sarathi_jax.sampling import SamplingMirror, SamplingTable, check_vocabulary
+from tests.sampling.sampling_support import Case, on_device
 
 FULL = SamplingParams(
     temperature=0.7,
@@ -33,7 +34,7 @@ def filled(params: SamplingParams = FULL) -> SamplingTable:
 
 
 def test_row_holds_the_request():
-    arrays = filled().arrays()
+    arrays = on_device(filled())
     values = {field.name: np.asarray(getattr(arrays, field.name))[1] for field in dataclasses.fields(arrays)}
     for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
         assert values[name] == np.float32(getattr(FULL, name))
@@ -50,45 +51,46 @@ def test_row_holds_the_request():
 
 
 def test_other_and_cleared_rows_are_neutral():
-    neutral = SamplingTable(3, 100).arrays()
+    neutral, mirror = on_device(SamplingTable(3, 100)), SamplingMirror(jnp.asarray)
     table = filled()
+    arrays = mirror.update(table.changes())
     for row in (0, 2):
-        jax.tree.map(lambda a, b, row=row: np.testing.assert_array_equal(a[row], b[row]), table.arrays(), neutral)
+        jax.tree.map(lambda a, b, row=row: np.testing.assert_array_equal(a[row], b[row]), arrays, neutral)
     table.clear_row(1)
-    jax.tree.map(np.testing.assert_array_equal, table.arrays(), neutral)
+    jax.tree.map(np.testing.assert_array_equal, mirror.update(table.changes()), neutral)
 
 
 def test_arrays_are_kept_until_a_row_changes():
-    table = filled()
-    first = table.arrays()
-    assert table.arrays() is first
+    table, mirror = filled(), SamplingMirror(jnp.asarray)
+    first = mirror.update(table.changes())
+    assert mirror.update(table.changes()) is first
     table.set_row(0, Case(np.zeros(100), SamplingParams(temperature=0)).sequence)
-    assert table.arrays() is first, "a greedy request without wishes looks like a free row"
+    assert mirror.update(table.changes()) is first, "a greedy request without wishes looks like a free row"
     table.set_row(0, Case(np.zeros(100), SamplingParams(temperature=1), seed=5).sequence)
-    second = table.arrays()
+    second = mirror.update(table.changes())
     assert second is not first
     assert second.bias_ids is first.bias_ids, "unchanged fields are not transferred again"
 
 
-def test_arrays_in_flight_never_change():
+def test_changes_handed_out_never_change():
     table = filled()
-    arrays = table.arrays()
-    before = jax.tree.map(np.array, arrays)
+    changes = table.changes()
+    before = jax.tree.map(np.array, changes)
     for row in range(3):
         table.set_row(row, Case(np.zeros(100), SamplingParams(logit_bias={1: 2.0}), seed=row + 10).sequence)
-    jax.tree.map(np.testing.assert_array_equal, arrays, before)
+    jax.tree.map(np.testing.assert_array_equal, changes, before)
 
 
 def test_extreme_floats_stay_finite():
     extreme = SamplingParams(temperature=1e300, top_p=1e-300, repetition_penalty=1e-300)
-    arrays = filled(extreme).arrays()
+    arrays = on_device(filled(extreme))
     for name in ("temperature", "top_p", "repetition_penalty"):
         value = float(getattr(arrays, name)[1])
         assert 0 < value < float("inf")
 
 
 def test_a_full_logit_bias_fits():
-    arrays = filled(SamplingParams(logit_bias={i: float(i % 100) for i in range(MAX_LOGIT_BIAS)})).arrays()
+    arrays = on_device(filled(SamplingParams(logit_bias={i: float(i % 100) for i in range(MAX_LOGIT_BIAS)})))
     assert np.asarray(arrays.bias_ids)[1].tolist() == list(range(MAX_LOGIT_BIAS))
 
 

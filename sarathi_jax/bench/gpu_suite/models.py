@@ -22,11 +22,11 @@ from sarathi_jax.bench.gpu_suite.timing import Roofs, time_calls
 from sarathi_jax.compiling import use_compile_cache
 from sarathi_jax.config import CacheConfig, EngineConfig, ModelConfig, Quantization
 from sarathi_jax.engine import Engine
-from sarathi_jax.llm import build_engine
-from sarathi_jax.parallel import make_mesh
+from sarathi_jax.parallel import make_meshes
+from sarathi_jax.replica import build_engine
 from sarathi_jax.request import SamplingParams
 from sarathi_jax.resources import config_path
-from sarathi_jax.runner import Runner
+from sarathi_jax.runner import MicroBatch, Runner
 from sarathi_jax.sampling import SamplingTable
 from sarathi_jax.sizing import plan_cache
 from sarathi_jax.weights.directory import load_model_yaml
@@ -167,10 +167,11 @@ class Serving:
         if not self.params:
             self.params = draw_parameters(self.model, self.engine_config)
         times.append(time.perf_counter())
-        mesh = make_mesh(self.engine_config.tp, jax.devices())
-        self._cache = plan_cache(self.model, self.engine_config, mesh)
+        meshes = make_meshes(self.model, self.engine_config, jax.devices())
+        self._cache = plan_cache(self.model, self.engine_config, meshes)
         times.append(time.perf_counter())
-        self._runner = Runner(self.model, self.params, self.engine_config, self._cache, mesh, progress=False)
+        params = {0: self.params}
+        self._runner = Runner(self.model, params, self.engine_config, self._cache, meshes, progress=False)
         self._engine = build_engine(self.model, self.engine_config, self._cache, self._runner, None)
         times.append(time.perf_counter())
         weights, size, plan = (later - earlier for earlier, later in itertools.pairwise(times))
@@ -203,9 +204,10 @@ class Serving:
         assert runner is not None
         assert cache is not None
         num_rows = self.engine_config.max_running
-        sampling = SamplingTable(num_rows, self.model.vocab_size).arrays()
         buffer = fill_buffer(runner.layouts[bucket], cache, num_rows, chunks, self.model.vocab_size)
-        timing = time_calls(lambda: runner.run(bucket, buffer, sampling).drawn.tokens, dry_run=dry_run)
+        runner.tick(MicroBatch(bucket, buffer, SamplingTable(num_rows, self.model.vocab_size).changes()))
+        again = MicroBatch(bucket, buffer, {})
+        timing = time_calls(lambda: jax.tree.leaves(runner.tick(again))[0], dry_run=dry_run)
         num_bytes, flops = step_work(self.model, self.params, runner.layouts[bucket].num_seqs, bucket, chunks)
         row = timing.row() | roofs.percent(timing.seconds, num_bytes, flops)
         row |= {"floor_us": roofs.floor_s(num_bytes, flops) * 1e6, "enqueue_us": timing.enqueue_s * 1e6}

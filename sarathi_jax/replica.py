@@ -1,0 +1,149 @@
+"""A replica: one engine with the devices, weights and programs that it needs; and several that share the requests."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from sarathi_jax.config import CacheConfig, ConfigError, EngineConfig, ModelConfig
+from sarathi_jax.engine import Engine
+from sarathi_jax.executor import DeviceExecutor
+from sarathi_jax.kv.blocks import BlockPool
+from sarathi_jax.parallel import TensorSplit, make_meshes, split_layers
+from sarathi_jax.parallel.pipeline import is_local
+from sarathi_jax.request import RequestOutput, SamplingParams
+from sarathi_jax.runner import Runner
+from sarathi_jax.sampling import SamplingTable
+from sarathi_jax.scheduling.sarathi import SarathiScheduler
+from sarathi_jax.sizing import plan_cache
+from sarathi_jax.tokenizer import Tokenizer
+from sarathi_jax.weights.checkpoint import load_parameters, random_parameters
+from sarathi_jax.weights.quantized import put_on_default_device
+
+
+@dataclasses.dataclass(frozen=True)
+class Replica:
+    """An engine and what is below it."""
+
+    engine: Engine
+    runner: Runner
+    cache: CacheConfig
+
+
+def start_replicas(
+    path: Path, model: ModelConfig, engine: EngineConfig, tokenizer: Tokenizer | None, progress: bool
+) -> tuple[Replica, ...]:
+    """`dp` replicas on devices of their own; arguments and errors as of `start_replica`."""
+    devices, replicas = jax.devices(), []
+    each = len(devices) // engine.dp
+    if not each:
+        raise ConfigError(f"dp={engine.dp} replicas need as many devices, there are {len(devices)}: lower dp")
+    for i in range(engine.dp):
+        # Each its own seeds, or the same prompt would be answered alike by all.
+        config = engine if engine.seed is None else dataclasses.replace(engine, seed=engine.seed + i)
+        own = devices[i * each : (i + 1) * each]
+        replicas.append(start_replica(path, model, config, tokenizer, own, progress))
+    return tuple(replicas)
+
+
+def start_replica(
+    path: Path,
+    model: ModelConfig,
+    engine: EngineConfig,
+    tokenizer: Tokenizer | None,
+    devices: Sequence[Any],
+    progress: bool,
+) -> Replica:
+    """Loads weights, sizes the cache, compiles the programs.
+
+    Args:
+      path: a model directory, or a YAML: then weights are random.
+      model: of that path.
+      engine: how it is served.
+      tokenizer: of the model; None: token ids in, token ids out.
+      devices: of this replica.
+      progress: shows bars.
+
+    Raises:
+      ConfigError, WeightsError: as `LLM`.
+    """
+    meshes = make_meshes(model, engine, devices)
+    params = _load(path, model, engine, meshes, progress)
+    cache = plan_cache(model, engine, meshes)
+    runner = Runner(model, params, engine, cache, meshes, progress)
+    return Replica(build_engine(model, engine, cache, runner, tokenizer), runner, cache)
+
+
+def build_engine(
+    model: ModelConfig, engine: EngineConfig, cache: CacheConfig, runner: Runner, tokenizer: Tokenizer | None
+) -> Engine:
+    """Joins scheduler, executor and engine around a runner."""
+    scheduler = SarathiScheduler(
+        BlockPool(cache.num_blocks),
+        block_size=cache.block_size,
+        buckets=engine.buckets,
+        max_num_seqs=engine.max_num_seqs,
+        window=model.cache_window,
+        max_model_len=cache.max_model_len,
+        num_stages=engine.pp,
+    )
+    sequences = {}
+    sampling = SamplingTable(engine.max_running, model.vocab_size)
+    executor = DeviceExecutor(runner, sampling, sequences, scheduler.table)
+    return Engine(model, engine, cache, scheduler, executor, sequences, tokenizer)
+
+
+def _load(
+    path: Path, model: ModelConfig, engine: EngineConfig, meshes: Sequence[Mesh], progress: bool
+) -> dict[int, dict[str, jax.Array]]:
+    """The parameters of every stage that has devices in this process."""
+    split, params = TensorSplit(model, engine.tp), {}
+    for stage, mesh in zip(split_layers(model, engine), meshes, strict=True):
+        if not is_local(mesh):
+            continue
+        is_default = mesh.devices.tolist() == [jax.devices()[0]]
+        put = put_on_default_device if is_default else functools.partial(split.put, mesh)
+        settings: dict[str, Any] = {"quantization": engine.quantization, "put": put, "layers": stage.layers}
+        if path.is_dir():
+            loaded = load_parameters(path, model, engine.dtype, progress=progress, **settings)
+        else:
+            loaded = random_parameters(model, engine.dtype, 0, **settings)
+        params[stage.index] = loaded
+    return params
+
+
+class Replicas:
+    """Several engines as one (data parallelism): a request goes to the one that has the fewest."""
+
+    def __init__(self, engines: Sequence[Engine]):
+        self._engines = list(engines)
+        self._owners: dict[str, Engine] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return any(engine.has_work for engine in self._engines)
+
+    def add_request(
+        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, **more: Any
+    ) -> None:
+        """As `Engine.add_request`."""
+        engine = self._owners.get(request_id) or min(self._engines, key=lambda engine: engine.num_requests)
+        engine.add_request(request_id, prompt_token_ids, params, **more)
+        self._owners[request_id] = engine
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """As `Engine.abort`."""
+        engine = self._owners.pop(request_id, None)
+        return None if engine is None else engine.abort(request_id)
+
+    def step(self) -> list[RequestOutput]:
+        """A step of every engine that has work."""
+        outputs = [output for engine in self._engines if engine.has_work for output in engine.step()]
+        for output in outputs:
+            if output.finished:
+                del self._owners[output.request_id]
+        return outputs
