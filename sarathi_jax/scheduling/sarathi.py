@@ -156,14 +156,14 @@ class SarathiScheduler:
         """
         live = self._live()
         preempted: list[int] = []
-        most_decodes = self._most_decodes(live)
+        most_decodes, largest_share = self._shares(live)
         decodes, prefills = self._plan_decodes(live, most_decodes, preempted)
         # Without blocks for everyone who runs there are none for newcomers, the preempted ones first of all.
         newcomers = [] if preempted else self._admissible(prefills, len(decodes))
 
         if self._num_following == 0:
             demand = sum(self._room(seq) for seq in prefills) + sum(seq.num_uncomputed for seq in newcomers)
-            self._choose(len(decodes) if self._num_stages == 1 else most_decodes, demand)
+            self._choose(len(decodes) if self._num_stages == 1 else largest_share, demand)
         budget = TokenBudget(self._limit)
         budget.take(len(decodes))
         chunks: list[Chunk] = []
@@ -188,19 +188,25 @@ class SarathiScheduler:
         bucket = self._buckets[bisect.bisect_left(self._buckets, filled)]
         return StepPlan((*decodes, *chunks), bucket, len(decodes), tuple(preempted))
 
-    def _most_decodes(self, live: list[Sequence]) -> int:
-        """Decodes that the next micro-batch takes at most: an even share of all, so that none of them runs nearly
-        empty; no more than fit where its bucket is chosen already."""
+    def _shares(self, live: list[Sequence]) -> tuple[int, int]:
+        """An even share of the decodes for the next micro-batch, at most what its bucket has room for where that is
+        chosen already, and the largest share that any micro-batch takes."""
         if self._num_stages == 1:
-            return len(live)
-        share = -(-sum(seq.is_decode for seq in live) // self._num_stages)
-        return min(share, self._limit) if self._num_following else share
+            return len(live), len(live)
+        ids = {seq.seq_id for seq in live if seq.is_decode}
+        share, num_larger = divmod(len(ids), self._num_stages)
+        # Of any pp micro-batches in a row so many take one more.
+        num_larger -= sum(len(ids & group) > share for group in self._away)
+        most, largest = share + (num_larger > 0), -(-len(ids) // self._num_stages)
+        return min(most, self._limit) if self._num_following else most, largest
 
     def _choose(self, num_decodes: int, num_prefill_tokens: int) -> None:
         """Sets the token limit of the next pp micro-batches, among which the prompts are shared out."""
         share = max(SMALLEST_SHARE, -(-num_prefill_tokens // self._num_stages))
         limit = self._chooser(num_decodes, min(num_prefill_tokens, share))
         self._limit = max(self._buckets[0], min(limit, self._buckets[-1]))
+        if self._num_stages > 1:
+            self._limit = max(self._limit, num_decodes)  # the bucket of all must hold them
         self._num_following = self._num_stages
 
     def _live(self) -> list[Sequence]:
@@ -220,7 +226,8 @@ class SarathiScheduler:
     ) -> tuple[list[Chunk], list[Sequence]]:
         """Plans the decodes of `live`, up to so many, and preempts from its end where blocks lack.
 
-        Victims come from the end and decodes are planned from the front, so nothing planned is ever preempted.
+        Victims come from the end and decodes are planned from the front, so nothing planned is ever preempted. A victim
+        leaves at least a block, so a step with a preemption is never empty.
 
         Returns:
           The chunks and the unfinished prefills that are left.
@@ -241,6 +248,8 @@ class SarathiScheduler:
             while not table.ensure(start + 1):
                 if len(live) == 1:
                     raise BlockError(f"{seq} runs alone and {self._pool} cannot hold it: are blocks leaking?")
+                if live[-1] is seq and not chunks and not prefills:
+                    break  # everyone before it is on the way and may leave blocks: it waits
                 victim = live.pop()
                 self._preempt(victim)
                 preempted.append(victim.seq_id)

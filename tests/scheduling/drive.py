@@ -1,7 +1,9 @@
 """Runs the scheduler against a device made of dictionaries and checks every step against an independent model.
 
-The device holds, per block and offset, which token of which sequence was written there last, and per row the newest
-token drawn. A chunk is right only if every key that its queries see is found where the block table points.
+The device is a pipeline of stages, each with a cache of its own: per block and offset which token of which sequence was
+written there last. A step goes through them one after another while others follow it; what the last stage draws the
+first knows one step later. A chunk is right only if in every stage every key that its queries see is found where the
+block table pointed when it was launched.
 """
 
 import collections
@@ -9,7 +11,7 @@ import dataclasses
 
 from sarathi_jax.kv.blocks import BlockPool
 from sarathi_jax.request import Request, SamplingParams
-from sarathi_jax.scheduling.plan import Chooser, FillToEdge, StepPlan
+from sarathi_jax.scheduling.plan import Chooser, Chunk, FillToEdge, StepPlan
 from sarathi_jax.scheduling.sarathi import SarathiScheduler
 from sarathi_jax.sequence import Sequence
 
@@ -36,7 +38,8 @@ class Case:
     """What is served and how.
 
     Attributes:
-      num_ahead: steps scheduled before the oldest one's tokens are known: 0 without overlap, 1 as the engine does.
+      num_ahead: steps scheduled before the tokens that are through are known: 0 without overlap, 1 as the engine does.
+      num_stages: of the pipeline.
     """
 
     arrivals: tuple[Arrival, ...]
@@ -46,6 +49,7 @@ class Case:
     max_num_seqs: int = 4
     window: int | None = None
     num_ahead: int = 0
+    num_stages: int = 1
     chooser: Chooser | None = None
 
     def scheduler(self, pool: BlockPool) -> SarathiScheduler:
@@ -57,12 +61,68 @@ class Case:
             max_num_seqs=self.max_num_seqs,
             window=self.window,
             max_model_len=longest,
+            num_stages=self.num_stages,
             chooser=self.chooser,
         )
 
     @property
     def max_running(self) -> int:
-        return min(self.max_num_seqs, self.buckets[-1])
+        return min(self.max_num_seqs, self.num_stages * self.buckets[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """What the device is told of a chunk: nothing that the scheduler may change later.
+
+    Attributes:
+      life: how often the sequence had lost its blocks before; an earlier life's keys are not to be read.
+      on_device: the chunk's last token is not known on the host.
+    """
+
+    chunk: Chunk
+    row: int
+    blocks: tuple[int, ...]
+    life: int
+    on_device: bool
+
+
+class Device:
+    """Stages that each work on one step at a time, in order.
+
+    Attributes:
+      history: at the first stage, by row and position: whose token stands there.
+    """
+
+    def __init__(self, case: Case):
+        self.case = case
+        self.caches: list[dict[tuple[int, int], tuple[int, int, int]]] = [{} for _ in range(case.num_stages)]
+        self.history: dict[tuple[int, int], int] = {}
+        self.in_stages: list[list[Packed]] = [[] for _ in range(case.num_stages)]
+
+    def tick(self, step: list[Packed]) -> None:
+        """A step, or nothing, enters the first stage, and every other moves on by one."""
+        self.in_stages = [step, *self.in_stages[:-1]]
+        for packed in step:
+            if packed.on_device:
+                newest = packed.chunk.start + packed.chunk.length - 1
+                assert self.history[packed.row, newest] == packed.chunk.seq_id, "the newest token is not in the row"
+        for cache, packed_chunks in zip(self.caches, self.in_stages, strict=True):
+            for packed in packed_chunks:
+                self.attend(packed, cache)
+        for packed in self.in_stages[-1]:
+            if packed.chunk.samples:
+                self.history[packed.row, packed.chunk.start + packed.chunk.length] = packed.chunk.seq_id
+
+    def attend(self, packed: Packed, cache: dict[tuple[int, int], tuple[int, int, int]]) -> None:
+        """Writes the chunk's keys and reads what its queries see."""
+        size, chunk = self.case.block_size, packed.chunk
+        end = chunk.start + chunk.length
+        for position in range(chunk.start, end):
+            cache[packed.blocks[position // size], position % size] = (chunk.seq_id, packed.life, position)
+        first = 0 if self.case.window is None else max(0, chunk.start - self.case.window + 1)
+        for position in range(first, end):
+            key = cache[packed.blocks[position // size], position % size]
+            assert key == (chunk.seq_id, packed.life, position), "a key is lost"
 
 
 def make_sequence(seq_id: int, num_prompt: int, max_tokens: int) -> Sequence:
@@ -76,26 +136,38 @@ class Drive:
     Attributes:
       plans: of all steps, None where nothing could run.
       num_preemptions: in all.
+      longest_wait: most steps in a row in which a sequence could have decoded but was not let in.
+      max_settled: most steps in a row in which the same sequences decoded.
+      is_ample: there are blocks for all at once.
     """
 
     def __init__(self, case: Case):
         self.case = case
         self.pool = BlockPool(case.num_blocks)
         self.scheduler = case.scheduler(self.pool)
+        self.device = Device(case)
         self.seqs = {i: make_sequence(i, a.num_prompt, a.max_tokens) for i, a in enumerate(case.arrivals)}
         self.live: set[int] = set()
-        # The model: what the steps launched so far have computed (in this life), drawn, and left on the device.
+        # The model: what the steps launched so far have computed (in this life) and drawn, and when they drew last.
         self.computed = collections.Counter()
         self.drawn = collections.Counter()
-        self.cache: dict[tuple[int, int], tuple[int, int]] = {}
-        self.row_tokens: dict[int, tuple[int, int]] = {}
-        self.in_flight: collections.deque[StepPlan] = collections.deque()
+        self.drew_in: dict[int, int] = {}
+        self.in_flight: collections.deque[StepPlan | None] = collections.deque()
         self.plans: list[StepPlan | None] = []
         self.num_preemptions = 0
+        self.waits = collections.Counter()
+        self.longest_wait = 0
+        # Since when the same sequences decode, and the last steps' shares of them.
+        self.decoding: set[int] = set()
+        self.shares: collections.deque[int] = collections.deque(maxlen=case.num_stages)
+        self.num_settled, self.max_settled = 0, 0
+        needs = [self.scheduler.max_blocks(a.num_prompt + a.max_tokens) for a in case.arrivals]
+        self.is_ample = sum(needs) <= case.num_blocks
+        self.round_bucket, self.num_following = 0, 0
         arrivals = case.arrivals
         # Every step draws a token, or moves the earliest prefill, or fills another's last block, or waits for a commit.
         num_steps = sum(3 * a.max_tokens + a.num_prompt + case.block_size + 2 for a in arrivals)
-        self.max_steps = 10 + max(a.step for a in arrivals) + (1 + case.num_ahead) * num_steps
+        self.max_steps = 10 + max(a.step for a in arrivals) + (case.num_stages + case.num_ahead) * num_steps
 
     def run(self) -> "Drive":
         while self.step():
@@ -120,18 +192,17 @@ class Drive:
                 self.end(seq_id, "abort")
         before = self.snapshot()
         plan = self.scheduler.schedule()
+        self.check(plan, before)
         self.plans.append(plan)
-        if plan is not None:
-            self.check(plan, before)
-            self.in_flight.append(plan)
-        elif not self.in_flight:
+        self.in_flight.append(plan)
+        if not any(self.in_flight):
             assert not self.live, "nothing can run and nothing is in flight"
-        if self.in_flight and (plan is None or len(self.in_flight) > self.case.num_ahead):
+        if len(self.in_flight) == self.case.num_stages + self.case.num_ahead:
             self.commit(self.in_flight.popleft())
-        return bool(self.live or self.in_flight) or any(a.step > now for a in self.case.arrivals)
+        return bool(self.live or any(self.in_flight)) or any(a.step > now for a in self.case.arrivals)
 
-    def commit(self, plan: StepPlan) -> None:
-        for chunk in plan.chunks:
+    def commit(self, plan: StepPlan | None) -> None:
+        for chunk in plan.chunks if plan else ():
             seq, arrival = self.seqs[chunk.seq_id], self.case.arrivals[chunk.seq_id]
             if not chunk.samples or chunk.seq_id not in self.live:
                 continue
@@ -159,6 +230,10 @@ class Drive:
     def is_decode(self, seq_id: int) -> bool:
         return self.drawn[seq_id] > 0 and self.num_tokens(seq_id) - self.computed[seq_id] == 1
 
+    def is_away(self, seq_id: int) -> bool:
+        """Whether the sequence's newest token is still on its way through the stages."""
+        return len(self.plans) - self.drew_in.get(seq_id, -self.case.num_stages) < self.case.num_stages
+
     def num_held(self, seq_id: int) -> int:
         """Blocks that a running sequence still needs for what it has computed."""
         num_computed, window = self.computed[seq_id], self.case.window
@@ -173,75 +248,107 @@ class Drive:
         assert {*running, *waiting} == self.live
         return running, waiting
 
-    def check(self, plan: StepPlan, before) -> None:
+    def check(self, plan: StepPlan | None, before) -> None:
+        """Checks a plan, None too, and runs it."""
         case, (running_before, waiting_before) = self.case, before
-        ids = [chunk.seq_id for chunk in plan.chunks]
-        assert ids, "an empty step"
+        chunks, preempted = (plan.chunks, plan.preempted) if plan else ((), ())
+        ids = [chunk.seq_id for chunk in chunks]
+        assert plan is None or ids, "an empty step"
         assert len(set(ids)) == len(ids), "a sequence twice"
-        assert plan.num_tokens <= plan.bucket
-        assert plan.bucket == min(bucket for bucket in case.buckets if bucket >= plan.num_tokens)
-        assert [c.length == 1 and c.samples for c in plan.chunks] == sorted(
-            (i < plan.num_decodes for i in range(len(ids))), reverse=True
-        )
+        self.check_bucket(plan)
+        if plan:
+            assert [c.length == 1 and c.samples for c in chunks] == sorted(
+                (i < plan.num_decodes for i in range(len(ids))), reverse=True
+            )
 
         runnable = [i for i in running_before if self.may_run(i)]
         decodes = [i for i in runnable if self.is_decode(i)]
-        assert set(decodes) <= {*ids, *plan.preempted}, "a decode waits"
-        assert [i for i in ids if i in decodes] == sorted(i for i in ids if i in decodes)
-        self.check_preempted(plan, runnable, decodes)
+        self.check_decodes(decodes, ids, preempted)
+        self.check_preempted(preempted, ids, runnable, decodes)
 
         running = [seq.seq_id for seq in self.scheduler.running]
+        assert set(running_before) - set(running) == set(preempted)
         admitted = sorted(set(running) - set(running_before))
         assert admitted == waiting_before[: len(admitted)], "overtaking"
-        assert not (admitted and plan.preempted)
+        assert not (admitted and preempted)
         assert len(running) <= case.max_running
         assert set(ids) <= set(running)
-        assert set(running_before) - set(plan.preempted) <= set(running)
         rows = [seq.row for seq in self.scheduler.running]
         assert len(set(rows)) == len(rows)
         assert all(row in range(case.max_num_seqs) for row in rows)
         assert all(seq.row is None for seq in self.scheduler.waiting)
 
-        for chunk in plan.chunks:
-            self.execute(chunk)
+        self.device.tick([self.launch(chunk) for chunk in chunks])
         self.pool.check()
         tables = [self.scheduler.table(i) for i in running]
         assert sum(table.num_owned for table in tables) + self.pool.num_free == self.pool.num_total
         assert all(self.scheduler.table(i).num_owned <= self.scheduler.max_blocks(self.num_tokens(i)) for i in running)
 
-    def check_preempted(self, plan: StepPlan, runnable: list[int], decodes: list[int]) -> None:
-        self.num_preemptions += len(plan.preempted)
-        assert not {*plan.preempted} & {chunk.seq_id for chunk in plan.chunks}
-        left = [i for i in runnable if i not in plan.preempted]
-        assert not plan.preempted or min(plan.preempted) > max(left), "the latest arrival goes first"
-        if plan.preempted:
+    def check_bucket(self, plan: StepPlan | None) -> None:
+        """Without a pipeline the smallest that holds the step, else the same one as many times as there are stages."""
+        if plan is None:
+            self.num_following = 0
+            return
+        assert plan.bucket in self.case.buckets
+        assert plan.num_tokens <= plan.bucket
+        if self.case.num_stages == 1:
+            assert plan.bucket == min(bucket for bucket in self.case.buckets if bucket >= plan.num_tokens)
+        if self.num_following == 0:
+            self.round_bucket, self.num_following = plan.bucket, self.case.num_stages
+        assert plan.bucket == self.round_bucket, "two buckets in a round"
+        self.num_following -= 1
+
+    def check_decodes(self, decodes: list[int], ids: list[int], preempted) -> None:
+        """Nobody who is away comes in, nobody waits for long, and the steps share those who decode evenly."""
+        num_stages = self.case.num_stages
+        assert not any(map(self.is_away, ids)), "a token that is not there yet"
+        assert [i for i in ids if i in decodes] == sorted(i for i in ids if i in decodes)
+        is_same = self.decoding == set(decodes) and not preempted
+        self.num_settled = self.num_settled + 1 if is_same else 0
+        self.max_settled = max(self.max_settled, self.num_settled)
+        self.decoding = set(decodes)
+        self.shares.append(len(self.decoding.intersection(ids)))
+        ready = {i for i in decodes if not self.is_away(i)}
+        self.waits = collections.Counter({i: self.waits[i] + 1 for i in ready - {*ids, *preempted}})
+        longest = max(self.waits.values(), default=0)
+        self.longest_wait = max(self.longest_wait, longest)
+        if num_stages == 1:
+            assert not longest, "a decode waits"
+        # One round for the shares to settle, and one for a bucket that was chosen when fewer decoded.
+        if self.num_settled >= 3 * num_stages and self.is_ample:
+            assert longest < num_stages, "a decode waits"
+            assert sum(self.shares) == len(decodes)
+            assert max(self.shares) - min(self.shares) <= 1, "uneven shares"
+
+    def check_preempted(self, preempted, ids: list[int], runnable: list[int], decodes: list[int]) -> None:
+        self.num_preemptions += len(preempted)
+        assert not {*preempted} & {*ids}
+        left = [i for i in runnable if i not in preempted]
+        assert not preempted or min(preempted) > max(left), "the latest arrival goes first"
+        if preempted:
             num_free = self.case.num_blocks - sum(self.num_held(i) for i in runnable)
-            num_grown = sum(self.computed[i] % self.case.block_size == 0 for i in decodes)
-            assert num_grown > num_free if decodes else num_free == 0, "preempted without need"
-        for seq_id in plan.preempted:
+            wanted = [i for i in decodes if i in ids or (i in preempted and not self.is_away(i))]
+            num_grown = sum(self.computed[i] % self.case.block_size == 0 for i in wanted)
+            assert num_grown > num_free, "preempted without need"
+        for seq_id in preempted:
             self.computed[seq_id] = 0
 
-    def execute(self, chunk) -> None:
-        """What the device does with a chunk: writes its keys, reads what its queries see, draws into the row."""
-        seq, table = self.seqs[chunk.seq_id], self.scheduler.table(chunk.seq_id).ids
-        size = self.case.block_size
+    def launch(self, chunk: Chunk) -> Packed:
+        """Counts a chunk's work as done and packs it."""
+        seq = self.seqs[chunk.seq_id]
         end = chunk.start + chunk.length
         assert self.may_run(chunk.seq_id), "a token too many"
         assert chunk.length > 0
         assert chunk.start == self.computed[chunk.seq_id], "positions are not contiguous"
         assert end <= self.num_tokens(chunk.seq_id)
         assert chunk.samples == (end == self.num_tokens(chunk.seq_id))
-        if end > len(seq.tokens):
-            assert self.row_tokens[seq.row] == (chunk.seq_id, end - 1), "the newest token is not in the row"
-        for position in range(chunk.start, end):
-            self.cache[table[position // size], position % size] = (chunk.seq_id, position)
-        first = 0 if self.case.window is None else max(0, chunk.start - self.case.window + 1)
-        for position in range(first, end):
-            assert self.cache[table[position // size], position % size] == (chunk.seq_id, position), "a key is lost"
         self.computed[chunk.seq_id] = end
         if chunk.samples:
             self.drawn[chunk.seq_id] += 1
-            self.row_tokens[seq.row] = (chunk.seq_id, end)
+            self.drew_in[chunk.seq_id] = len(self.plans)
+        assert seq.row is not None
+        blocks = tuple(self.scheduler.table(chunk.seq_id).ids)
+        return Packed(chunk, seq.row, blocks, seq.num_preemptions, end > len(seq.tokens))
 
 
 def expected_tokens(drive: Drive) -> dict[int, int]:

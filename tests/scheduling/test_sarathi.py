@@ -1,17 +1,25 @@
 """Schedules small enough to read, drawn as timelines, and what the scheduler refuses."""
 
+import operator
+
 import pytest
 
 from sarathi_jax.kv.blocks import BlockError, BlockPool
-from sarathi_jax.scheduling.plan import FillToEdge
+from sarathi_jax.scheduling.plan import FillToEdge, StepPlan
 from sarathi_jax.scheduling.sarathi import SarathiScheduler
 from tests.scheduling.drive import Arrival, Case, Drive, make_sequence
 
 
 def timeline(case: Case) -> str:
-    """One line a sequence, one column a step: tokens of a prefill chunk, d: a decode, x: preempted, .: nothing."""
+    """One line a sequence, one column a step: tokens of a prefill chunk, d: a decode, x: preempted, .: nothing.
+
+    In a pipeline a column is what enters it, where bucket 0 stands for a step in which nothing does.
+    """
     drive = Drive(case).run()
-    steps = [plan for plan in drive.plans if plan is not None]
+    nothing = StepPlan((), 0, 0)
+    steps = [plan or nothing for plan in drive.plans if plan or case.num_stages > 1]
+    while steps[-1] is nothing:
+        steps.pop()
     lines = ["bucket " + "".join(f"{plan.bucket:3}" for plan in steps)]
     for seq_id, seq in drive.seqs.items():
         line = f"seq {seq_id}  "
@@ -98,6 +106,124 @@ def test_a_stop_is_seen_one_step_late_with_overlap():
         seq 0    4  d  d
         seq 1    .  4  d
     """)
+
+
+def test_a_pipeline_fills_with_decodes_and_chunks():
+    # Three stages: 0 and 1 draw in one step and are back three steps later, one in that step and one in the next.
+    # The chunks of prompt 2 follow each other at once.
+    case = Case((Arrival(3, 5), Arrival(4, 3), Arrival(30, 3, step=2)), num_blocks=64, buckets=(4, 8), num_stages=3)
+    assert timeline(case) == drawn("""
+        bucket   8  0  8  8  8  8  8  8  4  4  0  4  4
+        seq 0    3  .  .  d  .  .  d  .  .  d  .  .  d
+        seq 1    4  .  .  .  d  .  .  d  .  .  .  .  .
+        seq 2    .  .  8  7  7  8  .  .  d  .  .  d  .
+    """)
+
+
+def test_a_bucket_serves_a_whole_round():
+    # Two stages: prompt 1 comes in the second step of a round, and the bucket of the first bounds it.
+    case = Case((Arrival(16, 6), Arrival(9, 3, step=3)), num_blocks=64, num_stages=2, chooser=EXACT)
+    assert timeline(case) == drawn("""
+        bucket  16  0  4  4  8  0  4  4  4  4  4
+        seq 0   16  .  d  .  d  .  d  .  d  .  d
+        seq 1    .  .  .  4  5  .  .  d  .  d  .
+    """)
+
+
+def test_a_pipeline_preempts_whose_token_is_on_its_way():
+    # Two stages, 4 blocks of 4 tokens: 0 takes the blocks of 1 a step after 1 entered, and 1 comes back with the token
+    # that was on its way.
+    case = Case((Arrival(4, 7), Arrival(4, 6)), num_blocks=4, num_stages=2)
+    assert timeline(case) == drawn("""
+        bucket   8  0  4  4  4  4  4  4  4  4  4  0  4  4  8
+        seq 0    4  .  d  .  d  .  d  .  d  .  d  .  d  .  .
+        seq 1    4  .  .  d  .  d  .  d  .  d  x  .  .  4  5
+    """)
+
+
+def test_a_pipeline_waits_for_blocks_of_those_on_their_way():
+    # 3 blocks: 1 cannot go on, but nobody would gain if it lost its block, and once 0 has ended it gets another.
+    case = Case((Arrival(4, 4), Arrival(3, 4)), num_blocks=3, num_stages=2)
+    assert timeline(case) == drawn("""
+        bucket   8  0  4  4  4  0  4  4  0  4
+        seq 0    4  .  d  .  d  .  d  .  .  .
+        seq 1    3  .  .  d  .  .  .  d  .  d
+    """)
+
+
+@pytest.mark.parametrize(("num_seqs", "num_stages"), [(9, 4), (10, 4), (3, 4), (8, 3), (2, 2), (13, 2)])
+def test_decodes_are_shared_out_evenly(num_seqs, num_stages):
+    # The bucket of a round is chosen for its largest share, also by a step with a smaller one.
+    case = Case(
+        tuple(Arrival(1 + i % 3, 30, step=i // 2) for i in range(num_seqs)),
+        num_blocks=100,
+        buckets=tuple(range(1, 20)),
+        max_num_seqs=13,
+        num_stages=num_stages,
+        chooser=operator.add,
+    )
+    drive = Drive(case).run()
+    shares = [plan.num_decodes if plan else 0 for plan in drive.plans[-8 * num_stages : -6 * num_stages]]
+    share, num_larger = divmod(num_seqs, num_stages)
+    for i in range(num_stages):
+        assert sorted(shares[i : i + num_stages]) == [share] * (num_stages - num_larger) + [share + 1] * num_larger
+    assert drive.longest_wait < 2 * num_stages
+
+
+def test_a_round_takes_no_more_decodes_than_its_bucket_holds():
+    # The bucket is chosen for 9 sequences in two stages, 8 of which are away: then 4 prompts come in and make it 13.
+    prompts = (Arrival(1, 9), *[Arrival(1, 9, step=1)] * 8, *[Arrival(1, 9, step=2)] * 4)
+    drive = Drive(
+        Case(
+            prompts,
+            num_blocks=64,
+            buckets=tuple(range(1, 9)),
+            max_num_seqs=13,
+            num_stages=2,
+            chooser=lambda num_decodes, num_prefill_tokens: 4 if num_decodes else 8,
+        )
+    ).run()
+    assert [(plan.num_decodes, plan.bucket) for plan in drive.plans[:4] if plan] == [(1, 8), (8, 8), (5, 5), (5, 5)]
+
+
+def test_a_pipeline_runs_as_many_as_its_micro_batches_hold():
+    scheduler = scheduler_of(64, buckets=(2, 4), max_num_seqs=9, num_stages=2)
+    for i in range(9):
+        scheduler.add(make_sequence(i, 1, 9))
+    assert [len(plan.chunks) for _ in range(4) if (plan := scheduler.schedule())] == [4, 4, 4, 4]
+    assert (scheduler.num_running, scheduler.num_waiting) == (8, 1)
+
+
+def test_prompts_are_shared_out_among_the_micro_batches():
+    asked = []
+
+    def chooser(num_decodes, num_prefill_tokens):
+        asked.append((num_decodes, num_prefill_tokens))
+        return num_decodes + num_prefill_tokens
+
+    scheduler = scheduler_of(
+        64, buckets=(64, 128, 256), num_stages=2, chooser=chooser, block_size=16, max_model_len=512
+    )
+    scheduler.add(make_sequence(0, 300, 9))
+    scheduler.add(make_sequence(1, 200, 9))
+    plans = [scheduler.schedule() for _ in range(2)]
+    assert asked == [(0, 250)]
+    assert [[(c.seq_id, c.length) for c in plan.chunks] for plan in plans if plan] == [[(0, 250)], [(0, 50), (1, 200)]]
+    scheduler.add(make_sequence(2, 70, 9))
+    assert scheduler.schedule() is not None
+    assert asked[1:] == [(1, 64)], "so few that one micro-batch takes nearly all of them"
+
+
+def test_a_limit_below_the_decodes_runs_them_all_the_same():
+    case = Case(
+        tuple(Arrival(3, 9) for _ in range(8)),
+        num_blocks=64,
+        buckets=(2, 4, 8),
+        max_num_seqs=8,
+        num_stages=2,
+        chooser=lambda num_decodes, num_prefill_tokens: 8 if num_decodes < 4 else 0,
+    )
+    assert max(plan.num_decodes for plan in Drive(case).run().plans if plan) == 4
 
 
 def scheduler_of(num_blocks: int, **changes) -> SarathiScheduler:

@@ -50,7 +50,7 @@ def choosers(draw, buckets):
 
 
 @st.composite
-def cases(draw, *, slack: str, windowed: bool = False):
+def cases(draw, *, slack: str, windowed: bool = False, stages=(1,)):
     """`slack`: blocks for everything at once (ample) or little more than the longest sequence needs (tight)."""
     requests, block_size, buckets = draw(arrivals()), draw(st.sampled_from([1, 2, 3, 4, 8])), draw(BUCKETS)
     case = Case(
@@ -61,6 +61,7 @@ def cases(draw, *, slack: str, windowed: bool = False):
         max_num_seqs=draw(st.integers(1, 10) | st.integers(4, 10)),
         window=draw(st.sampled_from([1, 2, 5, 8, 16, 30])) if windowed else None,
         num_ahead=draw(st.sampled_from([0, 0, 1, 1, 1, 2, 4])),
+        num_stages=draw(st.sampled_from(stages)),
         chooser=draw(choosers(buckets)),
     )
     scheduler = Drive(case).scheduler
@@ -124,6 +125,40 @@ def test_ample_memory_follows_algorithm_3_exactly(num_cases):
         assert not drive.num_preemptions
 
     check()
+
+
+PIPELINE = (2, 2, 3, 4)
+
+
+@MANY
+@pytest.mark.parametrize("windowed", [False, True])
+def test_pipeline_in_tight_memory(num_cases, windowed):
+    seen = collections.Counter()
+
+    @cases_of(num_cases)
+    @given(cases(slack="tight", windowed=windowed, stages=PIPELINE))
+    def check(case):
+        drive = Drive(case).run()
+        seen["preempting"] += drive.num_preemptions > 0
+
+    check()
+    assert seen["preempting"] >= num_cases // 10
+
+
+@MANY
+def test_pipeline_in_ample_memory(num_cases):
+    seen = collections.Counter()
+
+    @cases_of(num_cases)
+    @given(cases(slack="ample", stages=PIPELINE))
+    def check(case):
+        drive = Drive(case).run()
+        assert not drive.num_preemptions
+        assert drive.longest_wait <= 2 * case.num_stages
+        seen["settled"] += drive.max_settled >= 3 * case.num_stages
+
+    check()
+    assert seen["settled"] >= num_cases // 4
 
 
 def test_fill_to_edge():
