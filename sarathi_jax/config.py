@@ -125,6 +125,10 @@ class EngineConfig:
       pp: stages, each of some layers, on devices of its own; as many steps are in flight (pipeline parallelism).
       pp_layers: layers of each stage; None: balanced by their cost.
       dp: replicas, each with its own weights and cache, which share the requests (data parallelism).
+      hosts: processes, usually one a machine, that serve one replica together: start the same command in each. The
+        first one takes the requests, the others serve it until it ends.
+      host_id: which of them this is, from 0; None: as the cluster says (SLURM, TPU pod, ...).
+      coordinator: ADDRESS:PORT of the first of them, a free port; None: as the cluster says.
       overlap: schedule step k+1 while step k runs.
       seed: where requests without a seed draw theirs from; None: from the operating system.
     """
@@ -143,6 +147,9 @@ class EngineConfig:
     pp: int = 1
     pp_layers: tuple[int, ...] | None = None
     dp: int = 1
+    hosts: int = 1
+    host_id: int | None = None
+    coordinator: str | None = None
     overlap: bool = True
     seed: int | None = None
 
@@ -151,7 +158,7 @@ class EngineConfig:
             raise ConfigError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             raise ConfigError(f"quantization={self.quantization!r} is not one of {', '.join(QUANTIZATIONS)}")
-        for name in ("max_num_seqs", "token_budget", "block_size", "tp", "pp", "dp"):
+        for name in ("max_num_seqs", "token_budget", "block_size", "tp", "pp", "dp", "hosts"):
             if not _is_count(getattr(self, name)):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be a positive integer")
         for name in ("max_model_len", "num_blocks"):
@@ -159,6 +166,17 @@ class EngineConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be a positive integer or None")
         if not (math.isfinite(self.memory_fraction) and 0 < self.memory_fraction <= 1):
             raise ConfigError(f"memory_fraction={self.memory_fraction!r} must lie in (0, 1]")
+        if self.dp > 1 and self.hosts > 1:
+            raise ConfigError(
+                f"dp={self.dp} with hosts={self.hosts}: a replica over several hosts stands alone; start each by "
+                "itself and put a load balancer before them"
+            )
+        if self.hosts == 1 and not (self.host_id is None and self.coordinator is None):
+            raise ConfigError("host_id and coordinator are for several hosts: say how many with hosts")
+        if self.host_id is not None and self.host_id not in range(self.hosts):
+            raise ConfigError(
+                f"host_id={self.host_id} must be one of 0 to {self.hosts - 1}: there are {self.hosts} hosts"
+            )
         if self.pp_layers is not None and not all(map(_is_count, self.pp_layers)):
             raise ConfigError(f"pp_layers={self.pp_layers!r} must be positive integers, the layers of each stage")
         buckets = self.buckets

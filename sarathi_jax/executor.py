@@ -3,16 +3,19 @@
 import collections
 import dataclasses
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 
 from sarathi_jax.kv.blocks import BlockTable
-from sarathi_jax.runner import MicroBatch, Runner, StepOutput
+from sarathi_jax.parallel.hosts import Hosts
+from sarathi_jax.parallel.wire import Message
+from sarathi_jax.runner import MicroBatch, Runner, Wanted
 from sarathi_jax.sampling import SamplingTable
 from sarathi_jax.scheduling.plan import StepPlan, StepResult
 from sarathi_jax.sequence import Sequence
+from sarathi_jax.step_program import StepOutput
 
 
 class Executor(Protocol):
@@ -36,14 +39,12 @@ class Launched:
     """A step under way.
 
     Attributes:
-      plan: the step.
-      wants_logprobs, wants_prompt_logprobs: which parts of its output anybody wants.
-      output: the arrays that will hold it; None until it has reached the last stage.
+      wanted: which parts of its output anybody wants.
+      output: the arrays that will hold it; None until it has reached the last stage, and where that is on the devices
+        of another process.
     """
 
-    plan: StepPlan
-    wants_logprobs: bool
-    wants_prompt_logprobs: bool
+    wanted: Wanted
     output: StepOutput | None = None
 
 
@@ -55,6 +56,7 @@ class DeviceExecutor:
       sampling: parameters of the running sequences.
       sequences: live sequences by id; the engine's own mapping, read here.
       table_of: blocks of a running sequence.
+      hosts: the other processes of this replica, which this one leads.
     """
 
     def __init__(
@@ -63,25 +65,40 @@ class DeviceExecutor:
         sampling: SamplingTable,
         sequences: Mapping[int, Sequence],
         table_of: Callable[[int], BlockTable],
+        hosts: Hosts | None = None,
     ):
         self._runner = runner
         self._sampling = sampling
         self._sequences = sequences
         self._table_of = table_of
+        self._hosts = hosts
         self._row_owners: dict[int, int] = {}
-        # What stands in each stage, the last one leftmost.
-        self._in_stages: collections.deque[Launched | None] = collections.deque([None] * runner.num_stages)
+        self._in_stages: collections.deque[Launched] = collections.deque()
 
     def launch(self, plan: StepPlan | None) -> Launched | None:
-        launched, batch = (None, None) if plan is None else self._pack(plan)
-        self._in_stages.popleft()
-        self._in_stages.append(launched)
-        output = self._runner.tick(batch)
-        if self._in_stages[0] is not None:
-            self._in_stages[0].output = output
+        batch = None if plan is None else self._pack(plan)
+        if self._hosts is not None:
+            self._hosts.broadcast(to_message(batch))
+        launched = None if batch is None else Launched(batch.wanted)
+        if launched is not None:
+            self._in_stages.append(launched)
+        leaving = self._runner.tick(batch)
+        if leaving is not None:
+            self._in_stages.popleft().output = leaving[1]
         return launched
 
-    def _pack(self, plan: StepPlan) -> tuple[Launched, MicroBatch]:
+    def warm_up(self) -> None:
+        """Runs every program once on nothing but padding: devices connect with each other at their first exchange,
+        which takes seconds."""
+        empty = [StepPlan((), bucket, num_decodes=0) for bucket in self._runner.layouts]
+        handles = [self.launch(plan) for plan in empty]
+        while self._in_stages:
+            self.launch(None)
+        for handle in handles:
+            assert handle is not None
+            self.collect(handle)
+
+    def _pack(self, plan: StepPlan) -> MicroBatch:
         params = []
         for chunk in plan.chunks:
             seq = self._sequences[chunk.seq_id]
@@ -90,24 +107,79 @@ class DeviceExecutor:
             if self._row_owners.get(seq.row) != seq.seq_id:
                 self._row_owners[seq.row] = seq.seq_id
                 self._sampling.set_row(seq.row, seq)
-        launched = Launched(
-            plan,
-            wants_logprobs=any(p.logprobs is not None for p in params),
-            wants_prompt_logprobs=any(p.prompt_logprobs is not None for p in params),
+        wanted = Wanted(
+            num_chunks=len(plan.chunks),
+            logprobs=any(p.logprobs is not None for p in params),
+            num_tokens=plan.num_tokens if any(p.prompt_logprobs is not None for p in params) else 0,
         )
         buffer = self._runner.layouts[plan.bucket].pack(plan, self._sequences, self._table_of)
-        return launched, MicroBatch(plan.bucket, buffer, self._sampling.changes())
+        return MicroBatch(plan.bucket, buffer, self._sampling.changes(), wanted)
 
     def collect(self, handle: Launched) -> StepResult:
-        assert handle.output is not None
-        num_chunks, num_tokens = len(handle.plan.chunks), handle.plan.num_tokens
-        drawn, prompt = handle.output.drawn, handle.output.prompt
-        wanted: list[tuple[jax.Array, int]] = [(drawn.tokens, num_chunks)]
-        if handle.wants_logprobs:
-            wanted += [(array, num_chunks) for array in (drawn.logprobs, drawn.top_ids, drawn.top_logprobs)]
-        if handle.wants_prompt_logprobs:
-            wanted += [(array, num_tokens) for array in prompt]
-        arrays = [np.asarray(array)[:rows] for array, rows in wanted]
-        of_drawn = arrays[1:4] if handle.wants_logprobs else [None] * 3
-        of_prompt = arrays[-3:] if handle.wants_prompt_logprobs else [None] * 3
-        return StepResult(arrays[0], *of_drawn, *of_prompt)
+        if handle.output is not None:
+            return StepResult(**fetch(handle.output, handle.wanted))
+        assert self._hosts is not None
+        return StepResult(**self._hosts.next_result())
+
+
+def follow(runner: Runner, hosts: Hosts) -> None:
+    """Runs what the leader of the replica runs, until it ends.
+
+    Args:
+      runner: of this process.
+      hosts: the processes of the replica.
+
+    Raises:
+      HostsError: a process was lost.
+    """
+    with ThreadPoolExecutor(1) as answers:  # in order, and beside the steps that follow
+        while (message := hosts.receive()) is not None:
+            leaving = runner.tick(from_message(message))
+            if leaving is not None and runner.answers:
+                batch, output = leaving
+                assert output is not None
+                answers.submit(_answer, hosts, output, batch.wanted)
+
+
+def _answer(hosts: Hosts, output: StepOutput, wanted: Wanted) -> None:
+    try:
+        hosts.send(fetch(output, wanted))
+    except Exception as error:
+        hosts.abandon(str(error))  # or the leader would wait for ever
+        raise
+
+
+def fetch(output: StepOutput, wanted: Wanted) -> dict[str, np.ndarray]:
+    """Waits for a step and copies what is wanted to the host: fields of `StepResult`."""
+    drawn = output.drawn
+    arrays = {"tokens": drawn.tokens}
+    if wanted.logprobs:
+        arrays |= {"logprobs": drawn.logprobs, "top_ids": drawn.top_ids, "top_logprobs": drawn.top_logprobs}
+    fetched = {name: np.asarray(array)[: wanted.num_chunks] for name, array in arrays.items()}
+    if wanted.num_tokens:
+        names = ("prompt_logprobs", "prompt_top_ids", "prompt_top_logprobs")
+        prompt = {name: np.asarray(array) for name, array in zip(names, output.prompt, strict=True)}
+        fetched |= {name: array[: wanted.num_tokens] for name, array in prompt.items()}
+    return fetched
+
+
+_NUMBERS, _SAMPLING = "numbers", "sampling."
+
+
+def to_message(batch: MicroBatch | None) -> Message:
+    """A micro-batch, or that none enters, for the other processes of a replica."""
+    if batch is None:
+        return {}
+    wanted = batch.wanted
+    numbers = [batch.bucket, wanted.num_chunks, wanted.logprobs, wanted.num_tokens]
+    sampling = {_SAMPLING + name: values for name, values in batch.sampling.items()}
+    return {_NUMBERS: np.array(numbers, np.int32), "buffer": batch.buffer} | sampling
+
+
+def from_message(message: Message) -> MicroBatch | None:
+    """What `to_message` was given."""
+    if not message:
+        return None
+    bucket, num_chunks, logprobs, num_tokens = message[_NUMBERS].tolist()
+    sampling = {name.removeprefix(_SAMPLING): v for name, v in message.items() if name.startswith(_SAMPLING)}
+    return MicroBatch(bucket, message["buffer"], sampling, Wanted(num_chunks, bool(logprobs), num_tokens))

@@ -13,7 +13,11 @@ from tqdm import tqdm
 
 from sarathi_jax.compiling import use_compile_cache
 from sarathi_jax.config import Dtype, EngineConfig
+from sarathi_jax.deployment import load_deployment
 from sarathi_jax.engine import Engine
+from sarathi_jax.executor import follow
+from sarathi_jax.parallel import check_split
+from sarathi_jax.parallel.hosts import join
 from sarathi_jax.replica import Replica, Replicas, start_replicas
 from sarathi_jax.request import RequestError, RequestOutput, SamplingParams
 from sarathi_jax.resources import checkpoint_path
@@ -60,6 +64,9 @@ class LLM:
     Raises:
       ConfigError: the configuration cannot be served; the message says what to change.
       WeightsError: the checkpoint is incomplete or corrupt; the message names the tensor and the file.
+      HostsError: with `hosts`, the processes do not find each other, or one is lost.
+      SystemExit: with `hosts`, in all processes but the first, when the first has closed its LLM: until then they
+        serve it from here, so that the same script may run in all of them.
     """
 
     def __init__(
@@ -72,19 +79,50 @@ class LLM:
     ):
         self._path = checkpoint_path() if model is None else Path(model)
         use_compile_cache()
+        settings = EngineConfig(**config)
         is_yaml = self._path.suffix in (".yaml", ".yml")
         self.model_config = load_model_yaml(self._path) if is_yaml else load_model_config(self._path)
+        check_split(self.model_config, settings)
+        # Before anything touches a device.
+        several = settings.hosts > 1
+        self._hosts = join(settings.hosts, settings.host_id, settings.coordinator) if several else None
         if dtype == "auto":
             dtype = "bfloat16" if is_yaml else stored_dtype(self._path, self.model_config)
-        self.engine_config = EngineConfig(dtype=dtype, **config)
+        self.engine_config = dataclasses.replace(settings, dtype=dtype)
         self.tokenizer: Tokenizer | None = None if is_yaml else load_tokenizer(self._path)
-        self._replicas = start_replicas(self._path, self.model_config, self.engine_config, self.tokenizer, progress)
+        try:
+            self._replicas = start_replicas(
+                self._path, self.model_config, self.engine_config, self.tokenizer, self._hosts, progress
+            )
+        except Exception as error:
+            if self._hosts is not None:
+                self._hosts.abandon(str(error))
+            raise
+        if self._hosts is not None and not self._hosts.is_leader:
+            follow(self._replicas[0].runner, self._hosts)
+            self._hosts.close()
+            raise SystemExit(0)
         self.cache_config = self._replicas[0].cache
         engines = [replica.engine for replica in self._replicas]
         self._engine: Engine | Replicas | None = engines[0] if len(engines) == 1 else Replicas(engines)
         self._ids = itertools.count()
         # Outputs by the request's id, until whoever asked for them takes them: any step may report any request.
         self._inboxes: dict[str, collections.deque[RequestOutput]] = {}
+
+    @classmethod
+    def deployed(cls, deployment: str | Path, *, progress: bool = True, **config: Any) -> "LLM":
+        """An LLM as a file of ``configs/deployments`` describes it.
+
+        Args:
+          deployment: its name, or the path of such a YAML file.
+          progress: as of `LLM`.
+          config: what shall differ from it.
+
+        Raises:
+          ConfigError: no such file, or one that cannot be served; further errors are those of `LLM`.
+        """
+        arguments = load_deployment(deployment) | config
+        return cls(arguments.pop("model", None), progress=progress, **arguments)
 
     def __repr__(self) -> str:
         state = "closed" if self._engine is None else f"{self.start_up.num_programs} programs"
@@ -104,6 +142,8 @@ class LLM:
         """Frees the weights and the cache; safe to call twice."""
         self._engine = None
         self._replicas = ()
+        if self._hosts is not None:
+            self._hosts.close()
 
     @property
     def start_up(self) -> StartUp:

@@ -14,6 +14,7 @@ from sarathi_jax.engine import Engine
 from sarathi_jax.executor import DeviceExecutor
 from sarathi_jax.kv.blocks import BlockPool
 from sarathi_jax.parallel import TensorSplit, make_meshes, split_layers
+from sarathi_jax.parallel.hosts import Hosts
 from sarathi_jax.parallel.pipeline import is_local
 from sarathi_jax.request import RequestOutput, SamplingParams
 from sarathi_jax.runner import Runner
@@ -35,9 +36,20 @@ class Replica:
 
 
 def start_replicas(
-    path: Path, model: ModelConfig, engine: EngineConfig, tokenizer: Tokenizer | None, progress: bool
+    path: Path,
+    model: ModelConfig,
+    engine: EngineConfig,
+    tokenizer: Tokenizer | None,
+    hosts: Hosts | None,
+    progress: bool,
 ) -> tuple[Replica, ...]:
-    """`dp` replicas on devices of their own; arguments and errors as of `start_replica`."""
+    """`dp` replicas on devices of their own; arguments and errors as of `start_replica`.
+
+    Raises:
+      HostsError: the processes were started with different settings.
+    """
+    if hosts is not None:
+        _agree(hosts, model, engine)
     devices, replicas = jax.devices(), []
     each = len(devices) // engine.dp
     if not each:
@@ -46,7 +58,7 @@ def start_replicas(
         # Each its own seeds, or the same prompt would be answered alike by all.
         config = engine if engine.seed is None else dataclasses.replace(engine, seed=engine.seed + i)
         own = devices[i * each : (i + 1) * each]
-        replicas.append(start_replica(path, model, config, tokenizer, own, progress))
+        replicas.append(start_replica(path, model, config, tokenizer, own, hosts, progress))
     return tuple(replicas)
 
 
@@ -56,6 +68,7 @@ def start_replica(
     engine: EngineConfig,
     tokenizer: Tokenizer | None,
     devices: Sequence[Any],
+    hosts: Hosts | None,
     progress: bool,
 ) -> Replica:
     """Loads weights, sizes the cache, compiles the programs.
@@ -65,7 +78,8 @@ def start_replica(
       model: of that path.
       engine: how it is served.
       tokenizer: of the model; None: token ids in, token ids out.
-      devices: of this replica.
+      devices: of this replica, in all its processes.
+      hosts: its processes, if there are several.
       progress: shows bars.
 
     Raises:
@@ -74,14 +88,29 @@ def start_replica(
     meshes = make_meshes(model, engine, devices)
     params = _load(path, model, engine, meshes, progress)
     cache = plan_cache(model, engine, meshes)
+    if hosts is not None:
+        cache = dataclasses.replace(cache, num_blocks=hosts.minimum(cache.num_blocks))
     runner = Runner(model, params, engine, cache, meshes, progress)
-    return Replica(build_engine(model, engine, cache, runner, tokenizer), runner, cache)
+    return Replica(build_engine(model, engine, cache, runner, tokenizer, hosts), runner, cache)
+
+
+def _agree(hosts: Hosts, model: ModelConfig, engine: EngineConfig) -> None:
+    """Refuses processes that were started differently."""
+    settings = {field.name: getattr(engine, field.name) for field in dataclasses.fields(engine)}
+    for own in ("host_id", "coordinator", "seed"):
+        del settings[own]
+    hosts.agree(settings | {"the model": model, "the version of JAX": jax.__version__})
 
 
 def build_engine(
-    model: ModelConfig, engine: EngineConfig, cache: CacheConfig, runner: Runner, tokenizer: Tokenizer | None
+    model: ModelConfig,
+    engine: EngineConfig,
+    cache: CacheConfig,
+    runner: Runner,
+    tokenizer: Tokenizer | None,
+    hosts: Hosts | None = None,
 ) -> Engine:
-    """Joins scheduler, executor and engine around a runner."""
+    """Joins scheduler, executor and engine around a runner, and connects its devices where there are several."""
     scheduler = SarathiScheduler(
         BlockPool(cache.num_blocks),
         block_size=cache.block_size,
@@ -93,7 +122,9 @@ def build_engine(
     )
     sequences = {}
     sampling = SamplingTable(engine.max_running, model.vocab_size)
-    executor = DeviceExecutor(runner, sampling, sequences, scheduler.table)
+    executor = DeviceExecutor(runner, sampling, sequences, scheduler.table, hosts)
+    if engine.tp * engine.pp > 1 and (hosts is None or hosts.is_leader):
+        executor.warm_up()
     return Engine(model, engine, cache, scheduler, executor, sequences, tokenizer)
 
 

@@ -29,6 +29,21 @@ _MAX_COMPILE_THREADS = 4
 
 
 @dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What of a step's output anybody wants.
+
+    Attributes:
+      num_chunks: rows of what is drawn.
+      logprobs: log-probabilities of the drawn tokens too.
+      num_tokens: rows of the log-probabilities of prompt tokens; 0: none.
+    """
+
+    num_chunks: int
+    logprobs: bool = False
+    num_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class MicroBatch:
     """A step on its way through the stages, as the host has it.
 
@@ -36,11 +51,13 @@ class MicroBatch:
       bucket: which of the compiled sizes.
       buffer: i32[size] from that layout's `pack`.
       sampling: of the sampling parameters what changed since the micro-batch before (`SamplingTable.changes`).
+      wanted: which parts of its output will be read.
     """
 
     bucket: int
     buffer: np.ndarray
     sampling: Mapping[str, np.ndarray]
+    wanted: Wanted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,14 +169,16 @@ class Runner:
         self._deliver = compiled.get(("deliver",))
         steps = [program for key, program in compiled.items() if key[0] == "step"]
         self.start_up = StartUp(len(compiled), compile_s, max(map(scratch_bytes, steps)))
+        self._last_process = meshes[-1].devices.flat[0].process_index
         # Before each stage the micro-batch that it runs in the next tick, with the rows of the stage before.
         self._standing: list[tuple[MicroBatch, jax.Array | None] | None] = [None] * len(meshes)
 
     @property
-    def num_stages(self) -> int:
-        return len(self._standing)
+    def answers(self) -> bool:
+        """Whether this process tells the others what was drawn: the first that has devices of the last stage."""
+        return self._last_process == jax.process_index()
 
-    def tick(self, batch: MicroBatch | None) -> StepOutput | None:
+    def tick(self, batch: MicroBatch | None) -> tuple[MicroBatch, StepOutput | None] | None:
         """Lets a micro-batch in, moves all on by one stage, and returns at once.
 
         A compilation here is a bug: it is logged as an error and counted.
@@ -168,8 +187,8 @@ class Runner:
           batch: what enters; None: nothing does.
 
         Returns:
-          What came out of the last stage, so of the micro-batch that entered pp - 1 ticks ago; None if there was none,
-          or in a process that has none of the last stage's devices.
+          The micro-batch that came through the last stage, hence that of pp - 1 ticks ago, and its output, None in a
+          process that has none of that stage's devices; None if there was no micro-batch.
         """
         before = self._compiles.count
         self._standing[0] = None if batch is None else (batch, None)
@@ -186,7 +205,7 @@ class Runner:
             self.num_late_compiles += self._compiles.count - before
             names = ", ".join(map(str, buckets))
             logging.error("a step of bucket %s compiled a program after warm-up; please report this", names)
-        return outputs[-1]
+        return None if leaving is None else (leaving[0], outputs[-1])
 
     def _run(self, stage: int, batch: MicroBatch, hidden: jax.Array | None) -> Any:
         return self.stages[stage].run(batch, hidden) if stage in self.stages else None

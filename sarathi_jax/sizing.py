@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from jax.sharding import Mesh
 
 from sarathi_jax.config import CacheConfig, ConfigError, EngineConfig, ModelConfig
@@ -65,7 +66,8 @@ def _blocks_that_fit(model: ModelConfig, engine: EngineConfig, cache: CacheConfi
 
 def free_bytes(mesh: Mesh, engine: EngineConfig) -> int:
     """Memory that can be filled evenly on all devices, in all; on a CPU, the machine's, which all stages share."""
-    stats = [device.memory_stats() for device in mesh.devices.flat]
+    own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    stats = [device.memory_stats() for device in own]
     if all(one and "bytes_limit" in one for one in stats):
         return mesh.size * min(one["bytes_limit"] - one["bytes_in_use"] for one in stats)
     for line in Path("/proc/meminfo").read_text().splitlines():

@@ -14,7 +14,7 @@ REPO = Path(__file__).resolve().parent.parent
 # order its own modules as it likes unless they are listed one by one). New module: put it into its row here.
 ROWS = (
     ("sarathi_jax", "sarathi_jax.resources"),
-    ("sarathi_jax.config",),
+    ("sarathi_jax.config", "sarathi_jax.deployment"),
     ("sarathi_jax.request",),
     ("sarathi_jax.sequence",),
     ("sarathi_jax.kv", "sarathi_jax.kv.blocks"),

@@ -173,13 +173,14 @@ def _define(values: flags.FlagValues, name: str, hint: Any, default: Any, text: 
     is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     arms = typing.get_args(hint) if is_union else (hint,)
     optional = types.NoneType in arms
-    kind = next(arm for arm in arms if arm is not types.NoneType)
+    kinds = [arm for arm in arms if arm is not types.NoneType]
+    kind = kinds[0]
     origin = typing.get_origin(kind)
     if kind is bool:
         flags.DEFINE_boolean(name, default, text, flag_values=values)
         return
     is_list = origin in (collections.abc.Sequence, tuple)
-    if (kind is str and len(arms) > 1) or (is_list and typing.get_args(kind)[0] is str):
+    if (kind is str and len(kinds) > 1) or (is_list and typing.get_args(kind)[0] is str):
         flags.DEFINE_multi_string(name, list(default) or None, text.rstrip("."), flag_values=values)
         return
     if origin is typing.Literal:

@@ -11,6 +11,10 @@ Several prompts, served together; one JSON object each with token ids, finish re
 A model of your own: a Hugging Face folder (config.json, *.safetensors, tokenizer) or an Orbax one:
   PROGRAM generate --model ~/models/qwen3-0.6b --dtype bfloat16 --prompt "The capital of France is"
 
+A model over several devices, or several machines, where the same command is started on each:
+  PROGRAM generate --model ~/models/llama2-70b --tp 4 --pp 2 --prompt "The capital of France is"
+  PROGRAM generate --deployment falcon-180b-2x4xa100 --host_id 0 --coordinator FIRST_MACHINE:1234 --prompt ...
+
 A batch job. Each input line is a JSON object such as
   {"id": "a", "prompt": "The old house", "sampling_params": {"max_tokens": 20}}
 with `prompt`, `prompt_token_ids` or `messages` (a chat); `id` and `sampling_params` may be left out. Each line is
@@ -27,10 +31,13 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from sarathi_jax.cli.fields import UsageError, define_fields, given_fields
+from sarathi_jax.cli.streams import keep_stdout
 from sarathi_jax.config import DTYPES, ConfigError, EngineConfig
+from sarathi_jax.deployment import load_deployment
 from sarathi_jax.jobs.batch import run_job
 from sarathi_jax.jobs.rows import dump, output_fields
 from sarathi_jax.request import RequestError, RequestOutput, SamplingParams
+from sarathi_jax.resources import config_names
 
 if TYPE_CHECKING:
     from sarathi_jax.llm import LLM
@@ -54,6 +61,13 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("input", None, "batch job: file of JSON lines to answer.", flag_values=values)
     flags.DEFINE_string("output", None, "batch job: file of JSON lines to write or go on with.", flag_values=values)
     flags.DEFINE_string("model", None, "model folder; without it the small model that ships.", flag_values=values)
+    flags.DEFINE_string(
+        "deployment",
+        None,
+        f"model, mesh and settings from a YAML file, or one of {', '.join(config_names('deployments'))}; flags beside "
+        "it go before what it says.",
+        flag_values=values,
+    )
     flags.DEFINE_enum(
         "dtype", "auto", ["auto", *DTYPES], "of weights and cache; auto: as the model is stored.", flag_values=values
     )
@@ -66,6 +80,14 @@ def run(values: flags.FlagValues, arguments: Sequence[str]) -> int:
     if arguments:
         raise UsageError(f"unexpected {arguments[0]!r}; a prompt is given as --prompt {arguments[0]!r}")
     engine = given_fields(values, EngineConfig, skip=_NOT_OF_THE_ENGINE)
+    if values.deployment is not None:
+        try:
+            deployed = load_deployment(values.deployment)
+        except ConfigError as error:
+            raise UsageError(str(error)) from None
+        values.model = values.model or deployed.pop("model", None)
+        values.dtype = deployed.pop("dtype", values.dtype) if not values["dtype"].present else values.dtype
+        engine = deployed | engine
     sampling = given_fields(values, SamplingParams, always=_DEFAULTS)
     try:  # before the model is loaded
         EngineConfig(**engine)
@@ -90,6 +112,8 @@ def _load(values: flags.FlagValues, engine: dict[str, Any]) -> "LLM":
     # Here, so that --help and wrong flags are answered without waiting for jax.
     from sarathi_jax.llm import LLM
 
+    if engine.get("hosts", 1) > 1:
+        keep_stdout()
     model = None if values.model is None else Path(values.model).expanduser()
     llm = LLM(model, dtype=values.dtype, progress=sys.stderr.isatty(), **engine)
     start_up = llm.start_up

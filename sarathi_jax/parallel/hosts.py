@@ -4,9 +4,6 @@ JAX runs one program over the devices of several processes (`jax.distributed`) i
 in the same order. What to enqueue comes over TCP connections of our own, between the first process (the leader) and
 each other one (a follower). They also show which process has ended or got stuck. JAX watches, too, but aborts with a
 stack trace, so its watch is only the second line.
-
-A frame on the wire: kind, size, body. The body of a message: size of the header, header (JSON: name, dtype and shape of
-each array), the arrays' bytes. Nothing is unpickled.
 """
 
 import atexit
@@ -25,10 +22,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax._src import distributed
 
-type Message = dict[str, np.ndarray]
+from sarathi_jax.parallel.wire import Message, decode, encode, frame, from_text, read_exactly, read_frame, to_text
 
 LOST_EXIT_CODE = 70  # EX_SOFTWARE
 
@@ -45,8 +41,6 @@ _SHUTDOWN_S = 20  # for all processes to come to an orderly end
 _KEY_BYTES = 32
 _GREETING = struct.Struct(f"<{_KEY_BYTES}sI")  # key, index of the follower
 _WELCOME = b"\n"
-_FRAME = struct.Struct("<cI")  # kind, size of the body
-_HEADER = struct.Struct("<I")
 _PING, _MESSAGE, _END, _LOST = b"p", b"m", b"e", b"l"
 
 
@@ -86,9 +80,9 @@ class Hosts:
 
     def broadcast(self, message: Message) -> None:
         """Leader: sends to every follower; returns as soon as the operating system has taken it."""
-        frame = _frame(_MESSAGE, _encode(message))
+        framed = frame(_MESSAGE, encode(message))
         for peer in self._links:
-            self._send(peer, frame)
+            self._send(peer, framed)
 
     def next_result(self) -> Message:
         """Leader: waits for the next message of any follower, in order of arrival."""
@@ -97,7 +91,7 @@ class Hosts:
     def send(self, message: Message) -> None:
         """Follower: sends to the leader; does nothing once that has closed the replica."""
         if self._loss is not None or not self._over.is_set():
-            self._send(0, _frame(_MESSAGE, _encode(message)))
+            self._send(0, frame(_MESSAGE, encode(message)))
 
     def receive(self) -> Message | None:
         """Follower: waits for the leader's next message; None once that has closed the replica."""
@@ -140,7 +134,7 @@ class Hosts:
                 return
             self._over.set()
         if not was_over:
-            self._tell_all(_frame(_END), wait=True)
+            self._tell_all(frame(_END), wait=True)
             self._inbox.put(None)
         if self._loss is None:
             # Who stays connected to JAX's service is aborted when another process ends.
@@ -148,16 +142,30 @@ class Hosts:
         for link, _ in self._links.values():
             link.close()
 
+    def abandon(self, why: str) -> None:
+        """Takes this process out of a replica that it cannot serve, whose other processes end, too.
+
+        Args:
+          why: what they say when they end.
+        """
+        with self._ending:
+            if self._over.is_set():
+                return
+            self._loss = why
+            self._over.set()
+        self._tell_all(frame(_LOST, f"{self._who(self.index)} cannot go on: {why}".encode()))
+        self._inbox.put(None)
+
     def _exchange(self, text: str) -> list[str]:
         """What every process passes, in the order of the processes, on all of them."""
         if not self.is_leader:
-            self.send({"text": _from_text(text)})
-            return json.loads(_to_text(self._take()[1]["texts"]))
+            self.send({"text": from_text(text)})
+            return json.loads(to_text(self._take()[1]["texts"]))
         texts = [text] * self.num
         for _ in self._links:
             peer, message = self._take()
-            texts[peer] = _to_text(message["text"])
-        self.broadcast({"texts": _from_text(json.dumps(texts))})
+            texts[peer] = to_text(message["text"])
+        self.broadcast({"texts": from_text(json.dumps(texts))})
         return texts
 
     def _take(self) -> tuple[int, Message]:
@@ -174,36 +182,35 @@ class Hosts:
                 raise self._error()
         return item
 
-    def _send(self, peer: int, frame: bytes) -> None:
+    def _send(self, peer: int, framed: bytes) -> None:
         if self._over.is_set():
             raise self._error()
         link, lock = self._links[peer]
         try:
             with lock:
-                link.sendall(frame)
+                link.sendall(framed)
         except OSError as error:
             self._lose(peer, error)
             raise self._error() from error
 
-    def _tell_all(self, frame: bytes, wait: bool = False) -> None:
+    def _tell_all(self, framed: bytes, wait: bool = False) -> None:
         """Sends to all; `wait`: even where a thread is in the middle of sending, which is a sign of life as well."""
         for link, lock in self._links.values():
             if lock.acquire(blocking=wait):
                 with contextlib.suppress(OSError):
-                    link.sendall(frame)
+                    link.sendall(framed)
                 lock.release()
 
     def _ping(self) -> None:
         while not self._over.wait(_PING_S):
-            self._tell_all(_frame(_PING))
+            self._tell_all(frame(_PING))
 
     def _read(self, peer: int, link: socket.socket) -> None:
         try:
             while True:
-                kind, size = _FRAME.unpack(_read_exactly(link, _FRAME.size))
-                body = _read_exactly(link, size)
+                kind, body = read_frame(link)
                 if kind == _MESSAGE:
-                    self._inbox.put((peer, _decode(body)))
+                    self._inbox.put((peer, decode(body)))
                 elif kind == _LOST:
                     return self._end_with(body.decode())
                 elif kind == _END:
@@ -228,7 +235,7 @@ class Hosts:
         if not self.is_leader:
             # Nothing to save here, and JAX aborts every process whose first one is gone, with a core dump.
             _exit_now()
-        self._tell_all(_frame(_LOST, loss.encode()))
+        self._tell_all(frame(_LOST, loss.encode()))
         self._inbox.put(None)
         for link, _ in self._links.values():
             with contextlib.suppress(OSError):
@@ -332,7 +339,7 @@ def _accept(listener: socket.socket, key: bytes, num: int) -> dict[int, socket.s
         link.settimeout(_GREETING_S)
         its_key, index = b"", 0
         with contextlib.suppress(OSError):
-            its_key, index = _GREETING.unpack(_read_exactly(link, _GREETING.size))
+            its_key, index = _GREETING.unpack(read_exactly(link, _GREETING.size))
         if hmac.compare_digest(its_key, key) and index in missing:
             links[index] = link
         else:
@@ -346,45 +353,8 @@ def _connect(address: tuple[str, int], key: bytes, index: int) -> socket.socket:
     """Connection of a follower to the leader, once all followers have theirs."""
     link = socket.create_connection(address, _LINK_S)
     link.sendall(_GREETING.pack(key, index))
-    _read_exactly(link, len(_WELCOME))
+    read_exactly(link, len(_WELCOME))
     return link
-
-
-def _read_exactly(link: socket.socket, num_bytes: int) -> bytearray:
-    body = bytearray(num_bytes)
-    rest = memoryview(body)
-    while rest:
-        num_read = link.recv_into(rest)
-        if not num_read:
-            raise ConnectionError("the connection was closed")
-        rest = rest[num_read:]
-    return body
-
-
-def _frame(kind: bytes, body: bytes = b"") -> bytes:
-    return _FRAME.pack(kind, len(body)) + body
-
-
-def _encode(message: Message) -> bytes:
-    header = json.dumps([(name, array.dtype.name, array.shape) for name, array in message.items()]).encode()
-    return b"".join([_HEADER.pack(len(header)), header, *(array.tobytes() for array in message.values())])
-
-
-def _decode(body: bytearray) -> Message:
-    offset = _HEADER.size + _HEADER.unpack_from(body)[0]
-    message: Message = {}
-    for name, dtype, shape in json.loads(body[_HEADER.size : offset]):
-        message[name] = np.ndarray(shape, dtype, body, offset)
-        offset += message[name].nbytes
-    return message
-
-
-def _from_text(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode(), np.uint8)
-
-
-def _to_text(array: np.ndarray) -> str:
-    return array.tobytes().decode()
 
 
 def _start_timer(seconds: float, action: Any, *args: Any) -> threading.Timer:

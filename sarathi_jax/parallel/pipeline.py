@@ -79,6 +79,16 @@ def _layer_weights(model: ModelConfig) -> int:
     return attention + model.hidden_size * model.intermediate_size * (2 if model.architecture == "falcon" else 3)
 
 
+def check_split(model: ModelConfig, engine: EngineConfig) -> None:
+    """Refuses what no devices can serve.
+
+    Raises:
+      ConfigError: the model cannot be split by this tp or pp; says what would work.
+    """
+    TensorSplit(model, engine.tp)
+    split_layers(model, engine)
+
+
 def make_meshes(model: ModelConfig, engine: EngineConfig, devices: Sequence[Any]) -> tuple[Mesh, ...]:
     """A row of `tp` devices for each stage of a replica.
 
@@ -90,8 +100,7 @@ def make_meshes(model: ModelConfig, engine: EngineConfig, devices: Sequence[Any]
     Raises:
       ConfigError: the model cannot be split so, or there are fewer devices; says what would work.
     """
-    TensorSplit(model, engine.tp)
-    split_layers(model, engine)
+    check_split(model, engine)
     needed = engine.tp * engine.pp
     if needed > len(devices):
         hint = ""
@@ -101,6 +110,13 @@ def make_meshes(model: ModelConfig, engine: EngineConfig, devices: Sequence[Any]
         raise ConfigError(
             f"tp={engine.tp} x pp={engine.pp} need {needed} devices{replicas}, there are {len(devices)}{each} "
             f"({devices[0].device_kind}); this model can have {_what_fits(model, len(devices))}{hint}"
+        )
+    processes = {device.process_index for device in devices[:needed]}
+    if idle := sorted({device.process_index for device in devices} - processes):
+        raise ConfigError(
+            f"tp={engine.tp} x pp={engine.pp} need {needed} devices, which leaves process {idle[0]} without any: this "
+            f"model can have {_what_fits(model, len(devices))} on the {len(devices)} devices of all hosts; or start "
+            "fewer hosts"
         )
     return tuple(Mesh(row, (AXIS,)) for row in np.asarray(devices[:needed]).reshape(engine.pp, engine.tp))
 

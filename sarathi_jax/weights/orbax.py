@@ -57,7 +57,7 @@ def load(
                     f"{directory}: parameter {path!r} has shape {tuple(stored[path].shape)}, but config.json implies "
                     f"{shape}; check that both are of the same model"
                 )
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         wanted = {
             path: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
             for path, shape in shapes.items()

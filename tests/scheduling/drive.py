@@ -11,8 +11,10 @@ import dataclasses
 
 from sarathi_jax.kv.blocks import BlockPool
 from sarathi_jax.request import Request, SamplingParams
+from sarathi_jax.scheduling.base import Scheduler, Sizes
 from sarathi_jax.scheduling.plan import Chooser, Chunk, FillToEdge, StepPlan
 from sarathi_jax.scheduling.sarathi import SarathiScheduler
+from sarathi_jax.scheduling.vllm import VllmScheduler
 from sarathi_jax.sequence import Sequence
 
 
@@ -40,6 +42,7 @@ class Case:
     Attributes:
       num_ahead: steps scheduled before the tokens that are through are known: 0 without overlap, 1 as the engine does.
       num_stages: of the pipeline.
+      chooser: of `SarathiScheduler`.
     """
 
     arrivals: tuple[Arrival, ...]
@@ -51,19 +54,20 @@ class Case:
     num_ahead: int = 0
     num_stages: int = 1
     chooser: Chooser | None = None
+    policy: type[Scheduler] = SarathiScheduler
 
-    def scheduler(self, pool: BlockPool) -> SarathiScheduler:
-        longest = max(arrival.num_prompt + arrival.max_tokens for arrival in self.arrivals)
-        return SarathiScheduler(
-            pool,
-            block_size=self.block_size,
-            buckets=self.buckets,
-            max_num_seqs=self.max_num_seqs,
-            window=self.window,
-            max_model_len=longest,
-            num_stages=self.num_stages,
-            chooser=self.chooser,
-        )
+    def scheduler(self, pool: BlockPool) -> Scheduler:
+        sizes: Sizes = {
+            "block_size": self.block_size,
+            "buckets": self.buckets,
+            "max_num_seqs": self.max_num_seqs,
+            "window": self.window,
+            "max_model_len": max(arrival.num_prompt + arrival.max_tokens for arrival in self.arrivals),
+            "num_stages": self.num_stages,
+        }
+        if self.policy is SarathiScheduler:
+            return SarathiScheduler(pool, chooser=self.chooser, **sizes)
+        return self.policy(pool, **sizes)
 
     @property
     def max_running(self) -> int:
@@ -255,8 +259,9 @@ class Drive:
         ids = [chunk.seq_id for chunk in chunks]
         assert plan is None or ids, "an empty step"
         assert len(set(ids)) == len(ids), "a sequence twice"
-        self.check_bucket(plan)
         if plan:
+            assert plan.bucket in case.buckets
+            assert plan.num_tokens <= plan.bucket
             assert [c.length == 1 and c.samples for c in chunks] == sorted(
                 (i < plan.num_decodes for i in range(len(ids))), reverse=True
             )
@@ -264,6 +269,7 @@ class Drive:
         runnable = [i for i in running_before if self.may_run(i)]
         decodes = [i for i in runnable if self.is_decode(i)]
         self.check_decodes(decodes, ids, preempted)
+        self.check_sarathi(plan) if case.policy is SarathiScheduler else self.check_vllm(plan)
         self.check_preempted(preempted, ids, runnable, decodes)
 
         running = [seq.seq_id for seq in self.scheduler.running]
@@ -284,41 +290,57 @@ class Drive:
         assert sum(table.num_owned for table in tables) + self.pool.num_free == self.pool.num_total
         assert all(self.scheduler.table(i).num_owned <= self.scheduler.max_blocks(self.num_tokens(i)) for i in running)
 
-    def check_bucket(self, plan: StepPlan | None) -> None:
-        """Without a pipeline the smallest that holds the step, else the same one as many times as there are stages."""
-        if plan is None:
-            self.num_following = 0
-            return
-        assert plan.bucket in self.case.buckets
-        assert plan.num_tokens <= plan.bucket
-        if self.case.num_stages == 1:
-            assert plan.bucket == min(bucket for bucket in self.case.buckets if bucket >= plan.num_tokens)
-        if self.num_following == 0:
-            self.round_bucket, self.num_following = plan.bucket, self.case.num_stages
-        assert plan.bucket == self.round_bucket, "two buckets in a round"
-        self.num_following -= 1
-
     def check_decodes(self, decodes: list[int], ids: list[int], preempted) -> None:
-        """Nobody who is away comes in, nobody waits for long, and the steps share those who decode evenly."""
-        num_stages = self.case.num_stages
+        """Nobody who is away comes in; notes who waits and how the steps share those who decode."""
         assert not any(map(self.is_away, ids)), "a token that is not there yet"
         assert [i for i in ids if i in decodes] == sorted(i for i in ids if i in decodes)
-        is_same = self.decoding == set(decodes) and not preempted
+        has_prompts = self.case.policy is VllmScheduler and not {*ids} <= {*decodes}
+        is_same = self.decoding == set(decodes) and not preempted and not has_prompts
         self.num_settled = self.num_settled + 1 if is_same else 0
         self.max_settled = max(self.max_settled, self.num_settled)
         self.decoding = set(decodes)
         self.shares.append(len(self.decoding.intersection(ids)))
         ready = {i for i in decodes if not self.is_away(i)}
         self.waits = collections.Counter({i: self.waits[i] + 1 for i in ready - {*ids, *preempted}})
-        longest = max(self.waits.values(), default=0)
-        self.longest_wait = max(self.longest_wait, longest)
-        if num_stages == 1:
-            assert not longest, "a decode waits"
+        self.longest_wait = max(self.longest_wait, *self.waits.values(), 0)
         # One round for the shares to settle, and one for a bucket that was chosen when fewer decoded.
-        if self.num_settled >= 3 * num_stages and self.is_ample:
-            assert longest < num_stages, "a decode waits"
+        if self.num_settled >= 3 * self.case.num_stages and self.is_ample:
+            assert max(self.waits.values(), default=0) < self.case.num_stages, "a decode waits"
             assert sum(self.shares) == len(decodes)
+
+    def check_sarathi(self, plan: StepPlan | None) -> None:
+        """A decode waits for nothing but its turn in a pipeline, where the steps of a round have one bucket."""
+        num_stages = self.case.num_stages
+        if num_stages == 1:
+            assert not self.waits, "a decode waits"
+        if self.num_settled >= 3 * num_stages and self.is_ample:
             assert max(self.shares) - min(self.shares) <= 1, "uneven shares"
+        if plan is None:
+            self.num_following = 0
+            return
+        if num_stages == 1:
+            assert plan.bucket == min(bucket for bucket in self.case.buckets if bucket >= plan.num_tokens)
+        if self.num_following == 0:
+            self.round_bucket, self.num_following = plan.bucket, num_stages
+        assert plan.bucket == self.round_bucket, "two buckets in a round"
+        self.num_following -= 1
+
+    def check_vllm(self, plan: StepPlan | None) -> None:
+        """Prompts alone and whole, else decodes, in the smallest bucket."""
+        if plan is None:
+            return
+        assert plan.bucket == min(bucket for bucket in self.case.buckets if bucket >= plan.num_tokens)
+        prompts = [chunk for chunk in plan.chunks if chunk.seq_id not in self.decoding]
+        if not prompts:
+            assert self.case.num_stages > 1 or not self.waits, "a decode waits"
+            return
+        assert len(prompts) == len(plan.chunks), "decodes beside prompts"
+        largest = self.case.buckets[-1]
+        for chunk in prompts:
+            is_piece = chunk.start > 0 or not chunk.samples
+            assert not is_piece or self.num_tokens(chunk.seq_id) > largest, "a prompt is cut"
+            assert chunk.samples or chunk.length == largest == plan.num_tokens, "pieces are as large as can be"
+            assert chunk.start == 0 or chunk is prompts[0]
 
     def check_preempted(self, preempted, ids: list[int], runnable: list[int], decodes: list[int]) -> None:
         self.num_preemptions += len(preempted)
@@ -351,6 +373,32 @@ class Drive:
         return Packed(chunk, seq.row, blocks, seq.num_preemptions, end > len(seq.tokens))
 
 
+def timeline(case: Case) -> str:
+    """One line a sequence, one column a step: tokens of a prefill chunk, d: a decode, x: preempted, .: nothing.
+
+    In a pipeline a column is what enters it, where bucket 0 stands for a step in which nothing does.
+    """
+    drive = Drive(case).run()
+    nothing = StepPlan((), 0, 0)
+    steps = [plan or nothing for plan in drive.plans if plan or case.num_stages > 1]
+    while steps[-1] is nothing:
+        steps.pop()
+    lines = ["bucket " + "".join(f"{plan.bucket:3}" for plan in steps)]
+    for seq_id, seq in drive.seqs.items():
+        line = f"seq {seq_id}  "
+        for plan in steps:
+            chunk = next((chunk for chunk in plan.chunks if chunk.seq_id == seq_id), None)
+            is_decode = chunk is not None and chunk.length == 1 and chunk.start >= seq.num_prompt
+            cell = "x" if seq_id in plan.preempted else "." if chunk is None else "d" if is_decode else chunk.length
+            line += f"{cell:>3}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def drawn(text: str) -> str:
+    return "\n".join(line.strip() for line in text.strip().splitlines())
+
+
 def expected_tokens(drive: Drive) -> dict[int, int]:
     """Algorithm 3 where blocks abound, written down a second time: sequence -> tokens in the next step."""
     case = drive.case
@@ -368,3 +416,15 @@ def expected_tokens(drive: Drive) -> dict[int, int]:
             tokens[seq_id] = min(left, num_tokens)
             left -= num_tokens
     return tokens
+
+
+def expected_whole_prompts(drive: Drive) -> dict[int, int]:
+    """vLLM where blocks abound and nobody is preempted, written down a second time, without a pipeline."""
+    running = [seq.seq_id for seq in drive.scheduler.running]
+    tokens, left = {}, drive.case.buckets[-1]
+    for seq in drive.scheduler.waiting[: drive.case.max_running - len(running)]:
+        if seq.num_prompt > left:
+            break
+        tokens[seq.seq_id] = seq.num_prompt
+        left -= seq.num_prompt
+    return tokens or {i: 1 for i in running if drive.may_run(i)}

@@ -5,35 +5,9 @@ import operator
 import pytest
 
 from sarathi_jax.kv.blocks import BlockError, BlockPool
-from sarathi_jax.scheduling.plan import FillToEdge, StepPlan
+from sarathi_jax.scheduling.plan import FillToEdge
 from sarathi_jax.scheduling.sarathi import SarathiScheduler
-from tests.scheduling.drive import Arrival, Case, Drive, make_sequence
-
-
-def timeline(case: Case) -> str:
-    """One line a sequence, one column a step: tokens of a prefill chunk, d: a decode, x: preempted, .: nothing.
-
-    In a pipeline a column is what enters it, where bucket 0 stands for a step in which nothing does.
-    """
-    drive = Drive(case).run()
-    nothing = StepPlan((), 0, 0)
-    steps = [plan or nothing for plan in drive.plans if plan or case.num_stages > 1]
-    while steps[-1] is nothing:
-        steps.pop()
-    lines = ["bucket " + "".join(f"{plan.bucket:3}" for plan in steps)]
-    for seq_id, seq in drive.seqs.items():
-        line = f"seq {seq_id}  "
-        for plan in steps:
-            chunk = next((chunk for chunk in plan.chunks if chunk.seq_id == seq_id), None)
-            is_decode = chunk is not None and chunk.length == 1 and chunk.start >= seq.num_prompt
-            cell = "x" if seq_id in plan.preempted else "." if chunk is None else "d" if is_decode else chunk.length
-            line += f"{cell:>3}"
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def drawn(text: str) -> str:
-    return "\n".join(line.strip() for line in text.strip().splitlines())
+from tests.scheduling.drive import Arrival, Case, Drive, drawn, make_sequence, timeline
 
 
 EXACT = FillToEdge((4, 8, 16), flat_tokens=0)

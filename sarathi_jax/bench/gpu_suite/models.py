@@ -26,7 +26,7 @@ from sarathi_jax.parallel import make_meshes
 from sarathi_jax.replica import build_engine
 from sarathi_jax.request import SamplingParams
 from sarathi_jax.resources import config_path
-from sarathi_jax.runner import MicroBatch, Runner
+from sarathi_jax.runner import MicroBatch, Runner, Wanted
 from sarathi_jax.sampling import SamplingTable
 from sarathi_jax.sizing import plan_cache
 from sarathi_jax.weights.directory import load_model_yaml
@@ -205,8 +205,11 @@ class Serving:
         assert cache is not None
         num_rows = self.engine_config.max_running
         buffer = fill_buffer(runner.layouts[bucket], cache, num_rows, chunks, self.model.vocab_size)
-        runner.tick(MicroBatch(bucket, buffer, SamplingTable(num_rows, self.model.vocab_size).changes()))
-        again = MicroBatch(bucket, buffer, {})
+        first = MicroBatch(
+            bucket, buffer, SamplingTable(num_rows, self.model.vocab_size).changes(), Wanted(len(chunks))
+        )
+        runner.tick(first)
+        again = dataclasses.replace(first, sampling={})
         timing = time_calls(lambda: jax.tree.leaves(runner.tick(again))[0], dry_run=dry_run)
         num_bytes, flops = step_work(self.model, self.params, runner.layouts[bucket].num_seqs, bucket, chunks)
         row = timing.row() | roofs.percent(timing.seconds, num_bytes, flops)
