@@ -6,8 +6,10 @@ import re
 import jax
 import pytest
 
+import sarathi_jax.runner as runner_module
 from sarathi_jax.config import ConfigError, EngineConfig
 from sarathi_jax.parallel import split_layers
+from sarathi_jax.parallel.transfer import put_everywhere
 from sarathi_jax.resources import config_path
 from sarathi_jax.weights.directory import load_model_yaml
 from tests.engine.serving import Parity, Watched, build, greedy, prompt_of
@@ -64,6 +66,49 @@ def test_as_many_micro_batches_in_flight_as_stages(tmp_path, overlap: bool):
     full = [buckets for buckets in seen if len(buckets) == 4]
     assert len(full) > len(seen) / 2
     assert sum(len(set(buckets)) == 1 for buckets in full) > 0.9 * len(full)
+
+
+@pytest.mark.slow
+@pytest.mark.parallel
+def test_nothing_passes_through_the_host(tmp_path, monkeypatch):
+    """Between stages: what the host sends are packed plans and sampling parameters, each to the stages that read it."""
+    piped = build("falcon-40b", tmp_path, changes=EVEN, tp=2, pp=2)
+    sent = []
+
+    def recording(values, sharding):
+        sent.append(values)
+        return put_everywhere(values, sharding)
+
+    monkeypatch.setattr(runner_module, "put_everywhere", recording)
+    with jax.transfer_guard_device_to_device("disallow_explicit"), jax.transfer_guard_host_to_device("disallow"):
+        piped.bench().run(ASKS)
+    sizes = {layout.size for layout in piped.runner.layouts.values()}
+    assert len(sent) > 40
+    for values in sent:
+        is_plan = values.dtype == "int32" and values.ndim == 1 and values.size in sizes
+        assert is_plan or values.shape[0] == piped.config.max_running, values.shape
+
+
+@pytest.mark.slow
+@pytest.mark.parallel
+def test_aborts_harm_nobody(whole, tmp_path):
+    """At every moment of the run one request is taken back; the others draw what they would alone."""
+    changes = MODELS["qwen2-yarn-mixed"] | UNEVEN
+    piped, expected = build("qwen2-yarn-mixed", tmp_path, changes=changes, pp=4), whole("qwen2-yarn-mixed", changes)
+    reference, parity = expected.alone(ASKS), Parity()
+    for moment in range(12):
+        bench = piped.bench(num_blocks=24)
+        for i, (prompt, params) in enumerate(ASKS):
+            bench.engine.add_request(str(i), prompt, params)
+        finished = {}
+        for _ in range(3 * moment + 1):
+            finished |= {output.request_id: output for output in bench.step() if output.finished}
+        victim = str(moment % len(ASKS))
+        bench.engine.abort(victim)
+        finished |= bench.drain()
+        others = [i for i in range(len(ASKS)) if str(i) != victim]
+        parity.check([finished[str(i)] for i in others], [reference[i] for i in others])
+    assert parity.num_excused <= 12
 
 
 @pytest.mark.slow
