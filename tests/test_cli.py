@@ -12,6 +12,7 @@ import pytest
 from sarathi_jax.cli import main
 from sarathi_jax.config import EngineConfig
 from sarathi_jax.request import CompletionOutput, RequestError, RequestMetrics, RequestOutput, SamplingParams
+from sarathi_jax.resources import config_path
 
 REPO = Path(__file__).resolve().parent.parent
 PIECES = (" and", " it", " was", " so")
@@ -88,6 +89,20 @@ def test_flags_reach_the_engine_and_the_request(scripted):
         ignore_eos=True,
         logprobs=0,
     )
+
+
+def test_flags_go_before_a_deployment(scripted, monkeypatch):
+    assert run("generate", "--prompt=x", "--deployment=llama2-70b-8xa40", "--tp=8", "--max_num_seqs=4") == 0
+    made = scripted.made
+    assert (made.model, made.dtype) == (config_path("models", "llama2-70b"), "bfloat16")
+    assert made.engine == EngineConfig(tp=8, pp=2, max_num_seqs=4)
+    monkeypatch.setattr("sarathi_jax.cli.generate.keep_stdout", lambda: None)
+    several = ["--deployment=falcon-180b-2x4xa100", "--model=mine", "--dtype=float32", "--pp_layers=41,39"]
+    assert run("generate", "--prompt=x", *several, "--host_id=1", "--coordinator=first:1234") == 0
+    made = scripted.made
+    assert (made.model, made.dtype) == (Path("mine"), "float32")
+    mesh = {"tp": 4, "pp": 2, "pp_layers": (41, 39), "hosts": 2, "host_id": 1, "coordinator": "first:1234"}
+    assert made.engine == EngineConfig(max_num_seqs=128, **mesh)
 
 
 def test_the_prompt_can_come_from_a_file_or_a_pipe(scripted, capsys, monkeypatch, tmp_path):

@@ -85,8 +85,9 @@ def run(values: flags.FlagValues, arguments: Sequence[str]) -> int:
             deployed = load_deployment(values.deployment)
         except ConfigError as error:
             raise UsageError(str(error)) from None
-        values.model = values.model or deployed.pop("model", None)
-        values.dtype = deployed.pop("dtype", values.dtype) if not values["dtype"].present else values.dtype
+        model, dtype = deployed.pop("model", None), deployed.pop("dtype", values.dtype)
+        values.model = model if values.model is None else values.model
+        values.dtype = values.dtype if values["dtype"].present else dtype
         engine = deployed | engine
     sampling = given_fields(values, SamplingParams, always=_DEFAULTS)
     try:  # before the model is loaded
@@ -139,7 +140,7 @@ def _run_job(values: flags.FlagValues, engine: dict[str, Any], sampling: dict[st
             source,
             Path(values.output),
             sampling,
-            max_pending=2 * values.max_num_seqs,  # the next ones wait at the door: no step runs half empty
+            max_pending=2 * llm.engine_config.max_num_seqs,  # the next ones wait at the door: no step runs half empty
             progress=sys.stderr.isatty(),
         )
     errors = f", {summary.num_errors} of them error rows (first: {summary.first_error})" if summary.num_errors else ""
