@@ -6,7 +6,11 @@ same fields in YAML, so one parser (`sarathi_jax.weights.hf_config`) serves both
 
 import dataclasses
 import math
-from typing import Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
 
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
@@ -204,6 +208,23 @@ class CacheConfig:
     @property
     def max_blocks_per_seq(self) -> int:
         return -(-self.max_model_len // self.block_size)
+
+
+def read_yaml(path: Path) -> Mapping[Any, Any]:
+    """The keys and values of a YAML file.
+
+    Raises:
+      ConfigError: it cannot be read, or holds something else.
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(document, Mapping):
+        raise ConfigError(f"{path} must hold keys and values, it holds {document!r:.80}")
+    return document
 
 
 def default_buckets(token_budget: int) -> tuple[int, ...]:

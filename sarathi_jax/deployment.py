@@ -2,13 +2,10 @@
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from sarathi_jax.config import ConfigError, EngineConfig
+from sarathi_jax.config import ConfigError, EngineConfig, read_yaml
 from sarathi_jax.resources import ResourceError, config_names, config_path
 
 _OF_THE_MACHINE = ("host_id", "coordinator")
@@ -31,14 +28,7 @@ def load_deployment(deployment: str | Path) -> dict[str, Any]:
             path = config_path("deployments", str(deployment))
         except ResourceError as error:
             raise ConfigError(f"{error}; or give the path of a .yaml file") from None
-    try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(fields, Mapping):
-        raise ConfigError(f"{path} must hold keys and values, such as tp: 2")
+    fields = read_yaml(path)
     known = [field.name for field in dataclasses.fields(EngineConfig) if field.name not in _OF_THE_MACHINE]
     for key in fields:
         if key != "model" and key not in known:

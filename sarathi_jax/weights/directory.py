@@ -11,9 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from sarathi_jax.config import ConfigError, ModelConfig
+from sarathi_jax.config import ConfigError, ModelConfig, read_yaml
 from sarathi_jax.weights.hf_config import model_config_from_hf
 from sarathi_jax.weights.safetensors import WeightsError
 
@@ -75,14 +73,9 @@ def load_model_yaml(path: str | os.PathLike[str]) -> ModelConfig:
       ConfigError: a malformed file, an unknown key or a model that is not supported.
     """
     path = Path(path)
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(document, Mapping) or set(document) != {"source", "config"}:
-        keys = sorted(map(str, document)) if isinstance(document, Mapping) else document
+    document = read_yaml(path)
+    if set(document) != {"source", "config"}:
+        keys = sorted(map(str, document))
         raise ConfigError(f"{path} must have exactly the keys source and config, it has {keys!r}")
     if not isinstance(document["config"], Mapping):
         raise ConfigError(f"{path}: config must hold the fields of a config.json")
