@@ -158,7 +158,7 @@ class Drive:
         self.drew_in: dict[int, int] = {}
         self.in_flight: collections.deque[StepPlan | None] = collections.deque()
         self.plans: list[StepPlan | None] = []
-        self.num_preemptions = 0
+        self.num_preemptions, self.num_idle = 0, 0
         self.waits = collections.Counter()
         self.longest_wait = 0
         # Since when the same sequences decode, and the last steps' shares of them.
@@ -199,8 +199,10 @@ class Drive:
         self.check(plan, before)
         self.plans.append(plan)
         self.in_flight.append(plan)
-        if not any(self.in_flight):
-            assert not self.live, "nothing can run and nothing is in flight"
+        # A group of vLLM's waits for its turn, whatever the others do.
+        self.num_idle = 0 if any(self.in_flight) else self.num_idle + 1
+        most_idle = self.case.num_stages - 1 if self.case.policy is VllmScheduler else 0
+        assert self.num_idle <= most_idle or not self.live, "nothing can run and nothing is in flight"
         if len(self.in_flight) == self.case.num_stages + self.case.num_ahead:
             self.commit(self.in_flight.popleft())
         return bool(self.live or any(self.in_flight)) or any(a.step > now for a in self.case.arrivals)
@@ -335,12 +337,12 @@ class Drive:
             assert self.case.num_stages > 1 or not self.waits, "a decode waits"
             return
         assert len(prompts) == len(plan.chunks), "decodes beside prompts"
+        assert sum(chunk.start > 0 for chunk in prompts) <= 1, "two in pieces"
         largest = self.case.buckets[-1]
         for chunk in prompts:
             is_piece = chunk.start > 0 or not chunk.samples
             assert not is_piece or self.num_tokens(chunk.seq_id) > largest, "a prompt is cut"
             assert chunk.samples or chunk.length == largest == plan.num_tokens, "pieces are as large as can be"
-            assert chunk.start == 0 or chunk is prompts[0]
 
     def check_preempted(self, preempted, ids: list[int], runnable: list[int], decodes: list[int]) -> None:
         self.num_preemptions += len(preempted)

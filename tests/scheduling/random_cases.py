@@ -12,8 +12,9 @@ from sarathi_jax.scheduling.sarathi import SarathiScheduler
 from sarathi_jax.scheduling.vllm import VllmScheduler
 from tests.scheduling.drive import Arrival, Case, Drive
 
-# Few cases in `make check`, over a thousand in the whole suite.
+# Few cases in `make check`, over two thousand in the whole suite.
 MANY = pytest.mark.parametrize("num_cases", [35, pytest.param(400, marks=pytest.mark.slow)])
+FEWER = pytest.mark.parametrize("num_cases", [20, pytest.param(200, marks=pytest.mark.slow)])
 
 
 def cases_of(num_cases: int):

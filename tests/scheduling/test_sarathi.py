@@ -9,7 +9,6 @@ from sarathi_jax.scheduling.plan import FillToEdge
 from sarathi_jax.scheduling.sarathi import SarathiScheduler
 from tests.scheduling.drive import Arrival, Case, Drive, drawn, make_sequence, timeline
 
-
 EXACT = FillToEdge((4, 8, 16), flat_tokens=0)
 
 

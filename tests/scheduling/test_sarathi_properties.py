@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sarathi_jax.scheduling.plan import FillToEdge
 from tests.scheduling.drive import Drive, expected_tokens
-from tests.scheduling.random_cases import BUCKETS, MANY, PIPELINE, cases, cases_of
+from tests.scheduling.random_cases import BUCKETS, FEWER, MANY, PIPELINE, cases, cases_of
 
 
 @MANY
@@ -65,7 +65,7 @@ def test_ample_memory_follows_algorithm_3_exactly(num_cases):
     check()
 
 
-@MANY
+@FEWER
 @pytest.mark.parametrize("windowed", [False, True])
 def test_pipeline_in_tight_memory(num_cases, windowed):
     seen = collections.Counter()
@@ -80,7 +80,7 @@ def test_pipeline_in_tight_memory(num_cases, windowed):
     assert seen["preempting"] >= num_cases // 10
 
 
-@MANY
+@FEWER
 def test_pipeline_in_ample_memory(num_cases):
     seen = collections.Counter()
 

@@ -7,12 +7,10 @@ from hypothesis import given
 
 from sarathi_jax.scheduling.vllm import VllmScheduler
 from tests.scheduling.drive import Drive, expected_whole_prompts
-from tests.scheduling.random_cases import PIPELINE, cases, cases_of
-
-MANY = pytest.mark.parametrize("num_cases", [20, pytest.param(200, marks=pytest.mark.slow)])
+from tests.scheduling.random_cases import FEWER, PIPELINE, cases, cases_of
 
 
-@MANY
+@FEWER
 @pytest.mark.parametrize("windowed", [False, True])
 @pytest.mark.parametrize("stages", [(1,), PIPELINE], ids=["one stage", "pipeline"])
 def test_tight_memory(num_cases, windowed, stages):
@@ -30,7 +28,7 @@ def test_tight_memory(num_cases, windowed, stages):
     assert seen["pieces"] >= num_cases // 50
 
 
-@MANY
+@FEWER
 def test_ample_memory_is_prefill_first_exactly(num_cases):
     @cases_of(num_cases)
     @given(cases(slack="ample", policy=VllmScheduler))
@@ -52,7 +50,7 @@ def test_ample_memory_is_prefill_first_exactly(num_cases):
     check()
 
 
-@MANY
+@FEWER
 def test_pipeline_in_ample_memory(num_cases):
     @cases_of(num_cases)
     @given(cases(slack="ample", stages=PIPELINE, policy=VllmScheduler))

@@ -1,0 +1,296 @@
+"""What all policies share: who waits and who runs, the blocks and rows that they own, and how blocks are won back.
+
+A policy is a class below `Scheduler` that decides in `schedule` what enters the next step. Where the paper is silent
+(admission, preemption) see docs/decisions/scheduler.md.
+"""
+
+import abc
+import bisect
+import heapq
+import math
+import operator
+from collections.abc import Collection, Iterator
+from collections.abc import Sequence as Seq
+from typing import NotRequired, TypedDict
+
+from sarathi_jax.kv.blocks import BlockError, BlockPool, BlockTable
+from sarathi_jax.scheduling.plan import Chunk, StepPlan, TokenBudget
+from sarathi_jax.sequence import Sequence, Status
+
+ARRIVAL = operator.attrgetter("seq_id")
+WATERMARK_FRACTION = 0.01  # of the pool, kept free at admission for the growth of running decodes
+
+
+class Sizes(TypedDict):
+    """What every policy is made with, beside the pool: see `Scheduler`."""
+
+    block_size: int
+    buckets: tuple[int, ...]
+    max_num_seqs: int
+    window: int | None
+    max_model_len: int
+    num_stages: NotRequired[int]
+
+
+class Scheduler(abc.ABC):
+    """Decides what each step computes and which sequence owns which blocks and device row.
+
+    `schedule` may be called while earlier steps still run: it counts what they compute as done and the tokens they
+    draw as known, because the device runs steps in order.
+
+    In a pipeline of pp stages each call plans the micro-batch that enters next. A sequence that drew a token enters
+    again pp calls later at the earliest, when the token is back at the first stage; the chunks of a prompt may follow
+    each other at once.
+
+    Args:
+      pool: the blocks of the KV cache; every block of it that is out belongs to a running sequence.
+      block_size: tokens of a block.
+      buckets: compiled step sizes, ascending; the last is the largest step.
+      max_num_seqs: device rows, hence sequences that may run at once (at most as many as the largest bucket holds in
+        each of the micro-batches in flight do, so that every decode always fits).
+      window: tokens that a query can see, itself included, or None for all of them; blocks that left it are freed.
+      max_model_len: longest prompt + output in tokens.
+      num_stages: pp.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        block_size: int,
+        buckets: tuple[int, ...],
+        max_num_seqs: int,
+        window: int | None,
+        max_model_len: int,
+        num_stages: int = 1,
+    ):
+        self._pool = pool
+        self._block_size = block_size
+        self._buckets = buckets
+        self._max_running = min(max_num_seqs, num_stages * buckets[-1])
+        self._window = window
+        self._max_model_len = max_model_len
+        self._num_stages = num_stages
+        self._watermark = math.ceil(WATERMARK_FRACTION * pool.num_total)
+        # Both in arrival order (seq_id), which is also the order in which preempted sequences come back.
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._tables: dict[int, BlockTable] = {}
+        self._free_rows = list(range(max_num_seqs))  # a heap: the lowest free row goes first
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.num_running} running, {self.num_waiting} waiting, {self._pool})"
+
+    @abc.abstractmethod
+    def schedule(self) -> StepPlan | None:
+        """Plans the next step and records its launch in the sequences, so the plan must be launched.
+
+        Returns:
+          The plan, or None if no sequence can run now: an empty step enters the pipeline, if there is one.
+        """
+
+    @property
+    def waiting(self) -> tuple[Sequence, ...]:
+        """Sequences not admitted yet or preempted, in arrival order. A copy: for its size use `num_waiting`."""
+        return tuple(self._waiting)
+
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        """Sequences that own a row, in arrival order. A copy: for its size use `num_running`."""
+        return tuple(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def table(self, seq_id: int) -> BlockTable:
+        """The blocks of a running sequence.
+
+        Raises:
+          KeyError: the sequence does not run.
+        """
+        return self._tables[seq_id]
+
+    def max_blocks(self, num_tokens: int) -> int:
+        """Most blocks that a sequence of `num_tokens` tokens holds at once, whatever its chunks.
+
+        With a window that is what the largest chunk and the keys its first query sees can touch.
+        """
+        num_blocks = -(-num_tokens // self._block_size)
+        if self._window is None:
+            return num_blocks
+        span = self._window - 1 + self._buckets[-1]
+        return min(num_blocks, -(-(span - 1) // self._block_size) + 1)
+
+    @property
+    def longest_sequence(self) -> int:
+        """Longest prompt + output in tokens that can be served: the model's limit, or what the whole pool can hold."""
+        if self.max_blocks(self._max_model_len - 1) <= self._pool.num_total:
+            return self._max_model_len
+        return self._pool.num_total * self._block_size + 1  # the last token drawn is never computed
+
+    @property
+    def longest_prompt(self) -> int:
+        """Longest prompt in tokens that can be served, with a single token of output."""
+        return self.longest_sequence - 1
+
+    def add(self, seq: Sequence) -> None:
+        """Queues a new sequence.
+
+        Raises:
+          ValueError: it could never finish: too long for the model, for the whole pool, or for the policy.
+        """
+        length = seq.num_prompt + seq.request.max_tokens
+        if length > self._max_model_len:
+            raise ValueError(f"prompt and output of {length} tokens exceed max_model_len={self._max_model_len}")
+        num_blocks = self.max_blocks(length - 1)  # the last token drawn is never computed
+        if num_blocks > self._pool.num_total:
+            raise ValueError(
+                f"a sequence of {length} tokens needs {num_blocks} blocks of the KV cache, which has "
+                f"{self._pool.num_total}: ask for fewer tokens or make the cache larger"
+            )
+        bisect.insort(self._waiting, seq, key=ARRIVAL)
+
+    def remove(self, seq: Sequence) -> None:
+        """Forgets a sequence that finished or was aborted, at any moment, and frees its blocks and row.
+
+        Removing one that is not here does nothing.
+        """
+        if seq.seq_id in self._tables:
+            _discard(self._running, seq)
+            self._give_back(seq)
+            seq.row = None
+        else:
+            _discard(self._waiting, seq)
+
+    # For the policies.
+
+    def _live(self) -> list[Sequence]:
+        """The running sequences that go on, in arrival order, after freeing all blocks that nobody will read."""
+        live = []
+        for seq in self._running:
+            if not seq.is_runnable:
+                self._tables[seq.seq_id].release()  # its last token is drawn and only waits for its commit
+                continue
+            if self._window is not None:
+                self._tables[seq.seq_id].release_before(seq.num_computed - self._window + 1)
+            live.append(seq)
+        return live
+
+    def _plan_decodes(
+        self, live: list[Sequence], away: Collection[int], most: int, preempted: list[int]
+    ) -> tuple[list[Chunk], list[Sequence]]:
+        """Plans the decodes of `live` that are not away, up to so many, and preempts from its end where blocks lack.
+
+        Victims come from the end and decodes are planned from the front, so nothing planned is ever preempted. A victim
+        leaves at least a block, so a step with a preemption is never empty.
+
+        Returns:
+          The chunks and the unfinished prefills that are left.
+        """
+        chunks, prefills = [], []
+        index = 0
+        while index < len(live):
+            seq = live[index]
+            index += 1
+            if not seq.is_decode:
+                prefills.append(seq)
+                continue
+            if seq.seq_id in away or len(chunks) == most:
+                continue
+            start = seq.num_computed
+            table = self._tables[seq.seq_id]
+            while not table.ensure(start + 1):
+                if len(live) == 1:
+                    raise BlockError(f"{seq} runs alone and {self._pool} cannot hold it: are blocks leaking?")
+                if live[-1] is seq and not chunks and not prefills:
+                    break  # everyone before it is on the way and may leave blocks: it waits
+                victim = live.pop()
+                self._preempt(victim)
+                preempted.append(victim.seq_id)
+                if victim is seq:
+                    break
+            else:
+                chunks.append(Chunk(seq.seq_id, start, 1, True))
+                seq.advance(1, True)
+        return chunks, prefills
+
+    def _affordable(self, prefills: Seq[Sequence]) -> Iterator[Sequence]:
+        """The waiting sequences that rows and blocks let start now, first come first served.
+
+        A sequence starts only if all its known tokens fit beside what the prefills that run still need. So once no
+        decode is left, every prefill finds its blocks: prefills never wait for each other, and need not preempt.
+        """
+        num_spare = self._pool.num_free - sum(self._blocks_missing(seq) for seq in prefills)
+        num_rows = self._max_running - len(self._running)
+        for index, seq in enumerate(self._waiting):
+            # A preempted sequence's token in flight lives in a row that it lost: wait until the host knows it.
+            if index == num_rows or seq.num_in_flight:
+                return
+            num_blocks = self.max_blocks(seq.num_tokens)
+            is_alone = not self._running and index == 0
+            if num_spare < num_blocks + (0 if is_alone else self._watermark):
+                return
+            num_spare -= num_blocks
+            yield seq
+
+    def _plan_prefill(self, seq: Sequence, budget: TokenBudget, chunks: list[Chunk]) -> None:
+        """Plans the next chunk of a prefill, as long as budget and blocks allow; none if they allow nothing."""
+        length = budget.take(self._room(seq))
+        if not length:
+            return
+        start, end = seq.num_computed, seq.num_computed + length
+        self._tables[seq.seq_id].ensure(end)
+        samples = end == seq.num_tokens
+        chunks.append(Chunk(seq.seq_id, start, length, samples))
+        seq.advance(length, samples)
+
+    def _room(self, seq: Sequence) -> int:
+        """Tokens of a running prefill that the blocks free now can take."""
+        return min(seq.num_uncomputed, self._tables[seq.seq_id].max_tokens - seq.num_computed)
+
+    def _blocks_missing(self, seq: Sequence) -> int:
+        """Blocks that a running prefill still takes from the pool before its known tokens are computed."""
+        table = self._tables[seq.seq_id]
+        missing = table.blocks_needed(seq.num_tokens)
+        return missing if self._window is None else min(missing, self.max_blocks(seq.num_tokens) - table.num_owned)
+
+    def _bucket(self, num_tokens: int) -> int:
+        """The smallest bucket that holds so many tokens."""
+        return self._buckets[bisect.bisect_left(self._buckets, num_tokens)]
+
+    def _admit(self, seq: Sequence) -> None:
+        _discard(self._waiting, seq)
+        bisect.insort(self._running, seq, key=ARRIVAL)
+        self._tables[seq.seq_id] = BlockTable(self._pool, self._block_size)
+        seq.row = heapq.heappop(self._free_rows)
+        seq.status = Status.RUNNING
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Takes a sequence's blocks and row; it is computed again later, from its first token."""
+        _discard(self._running, seq)
+        self._give_back(seq)
+        seq.preempt()
+        bisect.insort(self._waiting, seq, key=ARRIVAL)
+
+    def _give_back(self, seq: Sequence) -> None:
+        self._tables.pop(seq.seq_id).release()
+        assert seq.row is not None
+        heapq.heappush(self._free_rows, seq.row)
+
+
+def decodes_first(chunks: Seq[Chunk]) -> tuple[list[Chunk], list[Chunk]]:
+    """Splits prefill chunks: the last token of a prompt alone in its chunk has the form of a decode."""
+    alone = [chunk for chunk in chunks if chunk.length == 1 and chunk.samples]
+    return alone, [chunk for chunk in chunks if chunk.length > 1 or not chunk.samples]
+
+
+def _discard(queue: list[Sequence], seq: Sequence) -> None:
+    """Removes `seq` from a queue in arrival order, if it is there."""
+    index = bisect.bisect_left(queue, seq.seq_id, key=ARRIVAL)
+    if index < len(queue) and queue[index] is seq:
+        del queue[index]
