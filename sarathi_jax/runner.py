@@ -21,7 +21,7 @@ from sarathi_jax.kv.cache import allocate_cache, row_major
 from sarathi_jax.parallel import AXIS, split_layers
 from sarathi_jax.parallel.pipeline import is_local
 from sarathi_jax.parallel.tensor import CACHE_SPEC
-from sarathi_jax.parallel.transfer import Transfer, put_everywhere
+from sarathi_jax.parallel.transfer import Transfer, in_turn, put_everywhere
 from sarathi_jax.sampling import SamplingMirror
 from sarathi_jax.step_program import EVERYWHERE, StepOutput, StepProgram, deliver, scratch_bytes
 
@@ -200,7 +200,7 @@ class Runner:
         if leaving is not None and self._return is not None:
             newest = self._return.run(None if outputs[-1] is None else outputs[-1].newest)
             if self._deliver is not None:
-                self.stages[0].history = self._deliver(self.stages[0].history, newest)
+                self.stages[0].history = in_turn(self._deliver(self.stages[0].history, newest))
         if self._compiles.count != before:
             self.num_late_compiles += self._compiles.count - before
             names = ", ".join(map(str, buckets))
@@ -208,7 +208,7 @@ class Runner:
         return None if leaving is None else (leaving[0], outputs[-1])
 
     def _run(self, stage: int, batch: MicroBatch, hidden: jax.Array | None) -> Any:
-        return self.stages[stage].run(batch, hidden) if stage in self.stages else None
+        return in_turn(self.stages[stage].run(batch, hidden)) if stage in self.stages else None
 
     def _move(
         self, stage: int, entry: tuple[MicroBatch, Any] | None, hidden: jax.Array | None

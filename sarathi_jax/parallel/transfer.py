@@ -10,6 +10,26 @@ from jax.sharding import PartitionSpec as P
 from sarathi_jax.parallel.tensor import AXIS
 
 _ENDS = "pp"
+_PARTS = P((_ENDS, AXIS))
+
+
+def join_meshes(source: Mesh, target: Mesh) -> Mesh:
+    """The mesh of both ends of a transfer."""
+    return Mesh(np.stack([source.devices, target.devices]), (_ENDS, AXIS))
+
+
+def lower_transfer(both: Mesh, shape: tuple[int, ...], dtype: np.dtype) -> jax.stages.Lowered:
+    """Lowers the program of a `Transfer` from shapes alone.
+
+    Args:
+      both: of `join_meshes`, of devices that may be there or not.
+      shape, dtype: as of `Transfer`.
+    """
+    move = jax.shard_map(
+        lambda x: lax.ppermute(x, _ENDS, [(0, 1)]), mesh=both, in_specs=_PARTS, out_specs=_PARTS, check_vma=False
+    )
+    whole = (both.size * shape[0], *shape[1:])
+    return jax.jit(move).lower(jax.ShapeDtypeStruct(whole, dtype, sharding=NamedSharding(both, _PARTS)))
 
 
 class Transfer:
@@ -26,20 +46,15 @@ class Transfer:
     """
 
     def __init__(self, source: Mesh, target: Mesh, shape: tuple[int, ...], dtype: np.dtype, spec: P):
-        both = Mesh(np.stack([source.devices, target.devices]), (_ENDS, AXIS))
-        parts = P((_ENDS, AXIS))
-        self._sharding = NamedSharding(both, parts)
+        both = join_meshes(source, target)
+        self._sharding = NamedSharding(both, _PARTS)
         self._shape = (both.size * shape[0], *shape[1:])
         self._target = NamedSharding(target, spec)
         self._result_shape = shape if spec == P() else (target.size * shape[0], *shape[1:])
         own = [device for device in target.devices.flat if device.process_index == jax.process_index()]
         # The other end of the permutation needs an input of the same shape.
         self._empty = {device: jax.device_put(np.zeros(shape, dtype), device) for device in own}
-        move = jax.shard_map(
-            lambda x: lax.ppermute(x, _ENDS, [(0, 1)]), mesh=both, in_specs=parts, out_specs=parts, check_vma=False
-        )
-        argument = jax.ShapeDtypeStruct(self._shape, dtype, sharding=self._sharding)
-        self.program = jax.jit(move).lower(argument).compile()
+        self.program = lower_transfer(both, shape, dtype).compile()
 
     def run(self, array: jax.Array | None) -> jax.Array | None:
         """Starts the transfer and returns at once.
@@ -51,13 +66,25 @@ class Transfer:
           The array on the target; None in a process that has none of its devices.
         """
         sent = [] if array is None else [shard.data for shard in array.addressable_shards]
-        moved = self.program(
-            jax.make_array_from_single_device_arrays(self._shape, self._sharding, sent + list(self._empty.values()))
-        )
+        parts = sent + list(self._empty.values())
+        moved = in_turn(self.program(jax.make_array_from_single_device_arrays(self._shape, self._sharding, parts)))
         if not self._empty:
             return None
         parts = [shard.data for shard in moved.addressable_shards if shard.device in self._empty]
         return jax.make_array_from_single_device_arrays(self._result_shape, self._target, parts)
+
+
+def in_turn[T](result: T) -> T:
+    """Keeps programs in order where the devices do not; every program that is enqueued passes through here.
+
+    XLA's CPU client starts whatever has its inputs. Where an exchange with another process overtakes the program before
+    it, the two processes may each wait in an exchange for which the other has no thread left.
+
+    Args:
+      result: of a program that was just enqueued.
+    """
+    several_cpus = jax.process_count() > 1 and jax.default_backend() == "cpu"
+    return jax.block_until_ready(result) if several_cpus else result
 
 
 def put_everywhere(values: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
