@@ -14,8 +14,8 @@ from sarathi_jax.executor import Executor
 from sarathi_jax.output import RequestRecord
 from sarathi_jax.request import MAX_SEED, Request, RequestError, RequestOutput, SamplingParams
 from sarathi_jax.sampling import check_vocabulary
+from sarathi_jax.scheduling.base import Scheduler
 from sarathi_jax.scheduling.plan import StepPlan, StepResult
-from sarathi_jax.scheduling.sarathi import SarathiScheduler
 from sarathi_jax.sequence import Sequence, Status
 from sarathi_jax.tokenizer import Tokenizer
 
@@ -47,7 +47,7 @@ class Engine:
         model: ModelConfig,
         config: EngineConfig,
         cache: CacheConfig,
-        scheduler: SarathiScheduler,
+        scheduler: Scheduler,
         executor: Executor,
         sequences: dict[int, Sequence],
         tokenizer: Tokenizer | None = None,
@@ -203,6 +203,11 @@ class Engine:
             raise RequestError(
                 f"the prompt has {len(token_ids)} tokens; {limit} leaves room for {longest - 1} and one of output: "
                 "shorten the prompt, or raise max_model_len or num_blocks"
+            )
+        if len(token_ids) > self._scheduler.longest_prompt:
+            raise RequestError(
+                f"the prompt has {len(token_ids)} tokens, and a scheduling policy that never cuts prompts can serve "
+                f"{self._scheduler.longest_prompt}, its largest step: raise token_budget, or use the policy sarathi"
             )
         room = longest - len(token_ids)
         if params.min_tokens > room:

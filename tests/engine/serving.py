@@ -19,6 +19,7 @@ from sarathi_jax.kv.blocks import BlockPool
 from sarathi_jax.llm import LLM
 from sarathi_jax.request import Logprob, RequestOutput, SamplingParams
 from sarathi_jax.sampling import SamplingTable
+from sarathi_jax.scheduling.base import Scheduler
 from sarathi_jax.scheduling.plan import Chooser, StepPlan, StepResult
 from sarathi_jax.scheduling.sarathi import SarathiScheduler
 from sarathi_jax.sequence import Sequence as Sample
@@ -85,7 +86,7 @@ class Bench:
       plans: of the steps so far, filled by the engine's executor.
     """
 
-    def __init__(self, engine: Engine, scheduler: SarathiScheduler, pool: BlockPool, plans: Sequence[StepPlan]):
+    def __init__(self, engine: Engine, scheduler: Scheduler, pool: BlockPool, plans: Sequence[StepPlan]):
         self.engine = engine
         self.scheduler = scheduler
         self.pool = pool
