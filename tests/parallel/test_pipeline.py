@@ -49,15 +49,16 @@ def test_as_many_micro_batches_in_flight_as_stages(tmp_path, overlap: bool):
     watched: Watched = bench.engine._executor
 
     def launch(plan, inner=watched.launch):
-        in_flight.append(plan)
-        drew = {chunk.seq_id for other in in_flight[-4:-1] if other for chunk in other.chunks if chunk.samples}
+        drew = {chunk.seq_id for other, _ in in_flight[-3:] if other for chunk in other.chunks if chunk.samples}
         assert plan is None or drew.isdisjoint(chunk.seq_id for chunk in plan.chunks)
-        return inner(plan)
+        handle = inner(plan)
+        in_flight.append((plan, handle))
+        return handle
 
     def collect(handle, inner=watched.collect):
-        while in_flight[0] is not handle.plan:
+        while in_flight[0][1] is not handle:
             in_flight.pop(0)
-        seen.append([plan.bucket for plan in in_flight[:4] if plan is not None])
+        seen.append([plan.bucket for plan, _ in in_flight[:4] if plan is not None])
         in_flight.pop(0)
         return inner(handle)
 
