@@ -27,17 +27,20 @@ LONG = pytest.mark.parallel
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_stages", [2, pytest.param(4, marks=LONG)])
+@pytest.mark.parallel
+@pytest.mark.parametrize("num_stages", [2, 4])
 def test_bubbles(num_stages: int):
     pipeline, load = SlowPipeline(num_stages, STAGE_TIME), Load.draw(96)
-    # Twice at most: a machine that stands still for half a second in one run hardly does so in the other.
-    for _ in range(2):
-        ours, whole = (pipeline.run(policy, load) for policy in ("sarathi", "vllm"))
+    whole = pipeline.run("vllm", load)
+    # A machine that stands still for half a second in one run hardly does so in all.
+    for _ in range(4):
+        ours = pipeline.run("sarathi", load)
         print(bubbles_table([ours, whole]))
-        if ours.ideal_share() >= 0.95:
+        longest_wait = max(map(ours.bubble_share, range(num_stages)))
+        if ours.ideal_share() >= 0.95 and longest_wait < 0.06:
             break
     assert ours.ideal_share() >= 0.95
-    assert max(map(ours.bubble_share, range(num_stages))) < 0.06
+    assert longest_wait < 0.06
     assert ours.num_steady > len(ours.plans) / 2
     # Stage 0 of a step runs while stage 1 runs the step before.
     assert ours.overlap_share > 0.9
