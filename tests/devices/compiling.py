@@ -18,10 +18,12 @@ from pallas_kernels.ragged_paged_attention import BACKENDS
 from sarathi_jax.parallel import AXIS
 from tests.kernels.abstract import on_h200
 
-# Name -> platform, and what `get_topology_desc` calls it.
+# Name -> platform, and what `get_topology_desc` calls it; the last word of a GPU's name is that of its description.
 TARGETS = {
     "H200": ("cuda", "1x1x1"),
     "8 x H200": ("cuda", "1x1x8"),
+    "8 x A100": ("cuda", "1x1x8"),
+    "8 x A40": ("cuda", "1x1x8"),
     "TPU v5e": ("tpu", "v5e:2x4"),
     "TPU v6e": ("tpu", "v6e:2x2"),
 }
@@ -65,7 +67,7 @@ def mesh_of(target: str) -> jax.sharding.Mesh:
     """All GPUs of the target; the first chip alone of a TPU slice."""
     platform, name = TARGETS[target]
     if platform == "cuda":
-        text = (Path(__file__).parent / "h200.textproto").read_text()
+        text = (Path(__file__).parent / f"{target.split()[-1].lower()}.textproto").read_text()
         topology = topologies.get_topology_desc(platform="cuda", target_config=text, topology=name)
         devices = np.array(topology.devices)
     else:

@@ -1,4 +1,4 @@
-"""Kernels without arrays and without devices: shapes of a case, and an H200 that the Triton lowering can ask about."""
+"""Kernels without arrays and without devices: shapes of a case, and GPUs that the Triton lowering can ask about."""
 
 import dataclasses
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.ragged_paged_attention.cases import Case, build
+from sarathi_jax.parallel import AXIS
 
 
 def shapes_of(case: Case, dtype: str) -> list:
@@ -18,5 +19,14 @@ def shapes_of(case: Case, dtype: str) -> list:
 
 def on_h200():
     """A context in which the default GPU is an H200."""
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
+    return on_gpu("NVIDIA H200", 132)
+
+
+def on_gpu(kind: str, num_cores: int, tp: int | None = None):
+    """A context in which the default GPU is one of that kind and, with `tp`, so many of them are the mesh."""
+    device = jax.sharding.AbstractDevice(device_kind=kind, platform="gpu", num_cores=num_cores)
+    sizes, names = ((), ()) if tp is None else ((tp,), (AXIS,))
+    types = (jax.sharding.AxisType.Auto,) * len(sizes)
+    return jax.sharding.use_abstract_mesh(
+        jax.sharding.AbstractMesh(sizes, names, axis_types=types, abstract_device=device)
+    )
