@@ -1,5 +1,6 @@
 """A model directory: its JSON and text files, and how a new one comes to be all at once or not at all."""
 
+import atexit
 import contextlib
 import errno
 import json
@@ -143,10 +144,14 @@ def new_directory(target: str | os.PathLike[str], needed_bytes: int = 0) -> Iter
 
 
 def _remove(directory: Path) -> None:
-    # Threads of a writer that failed may still be adding files.
-    for _ in range(20):
+    # Threads of a writer that failed may still be adding files, and make the directory anew for them: it is gone when it
+    # has stayed away for a second, or when nothing runs any more.
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    away = 0
+    for _ in range(100):
         shutil.rmtree(directory, ignore_errors=True)
-        if not directory.exists():
+        away = 0 if directory.exists() else away + 1
+        if away == 10:
             return
         time.sleep(0.1)
 

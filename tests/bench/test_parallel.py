@@ -28,6 +28,7 @@ LONG = pytest.mark.parallel
 
 @pytest.mark.slow
 @pytest.mark.parallel
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("num_stages", [2, 4])
 def test_bubbles(num_stages: int):
     pipeline, load = SlowPipeline(num_stages, STAGE_TIME), Load.draw(96)

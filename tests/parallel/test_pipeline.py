@@ -32,7 +32,7 @@ def test_same_tokens(whole, tmp_path, name: str, tp: int, pp: int):
     piped = build(name, tmp_path, changes=MODELS[name] | UNEVEN, tp=tp, pp=pp)
     expected, parity = whole(name, MODELS[name] | UNEVEN).alone(ASKS), Parity()
     for overlap in (True, False):
-        outputs = piped.bench(num_blocks=24, overlap=overlap).run(ASKS)
+        outputs = piped.bench(num_blocks=12, overlap=overlap).run(ASKS)
         assert sum(output.metrics.num_preemptions for output in outputs) >= 1
         parity.check(outputs, expected)
     assert parity.num_excused <= 2
