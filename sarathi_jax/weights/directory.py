@@ -144,8 +144,8 @@ def new_directory(target: str | os.PathLike[str], needed_bytes: int = 0) -> Iter
 
 
 def _remove(directory: Path) -> None:
-    # Threads of a writer that failed may still be adding files, and make the directory anew for them: it is gone when it
-    # has stayed away for a second, or when nothing runs any more.
+    # Threads of a writer that failed may still be adding files, and make the directory anew for them: it is gone when
+    # it has stayed away for a second, or when nothing runs any more.
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     away = 0
     for _ in range(100):
