@@ -16,6 +16,8 @@ Dtype = Literal["float32", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 Quantization = Literal["w8", "w8_fp8", "w8a8"]
 QUANTIZATIONS: tuple[Quantization, ...] = ("w8", "w8_fp8", "w8a8")
+Policy = Literal["sarathi", "vllm"]
+POLICIES: tuple[Policy, ...] = ("sarathi", "vllm")
 
 
 class ConfigError(ValueError):
@@ -133,6 +135,14 @@ class EngineConfig:
         first one takes the requests, the others serve it until it ends.
       host_id: which of them this is, from 0; None: as the cluster says (SLURM, TPU pod, ...).
       coordinator: ADDRESS:PORT of the first of them, a free port; None: as the cluster says.
+      policy: what enters a step: ``sarathi`` (every decode, then chunks of prompts: nobody who generates waits) or
+        ``vllm`` (whole prompts first, the baseline of the paper).
+      prefix_caching: keep the blocks of finished requests, as long as nobody needs the room, for requests that begin
+        with the same tokens.
+      tbt_slo_ms: longest time between two tokens of a request, in milliseconds: every step takes the largest bucket
+        that keeps it, by the measured times of the programs; None: nothing is promised.
+      ttft_slo_ms: longest time from a request to its first token, in milliseconds; a server refuses requests that it
+        would keep waiting longer; None: nothing is promised.
       overlap: schedule step k+1 while step k runs.
       seed: where requests without a seed draw theirs from; None: from the operating system.
     """
@@ -154,6 +164,10 @@ class EngineConfig:
     hosts: int = 1
     host_id: int | None = None
     coordinator: str | None = None
+    policy: Policy = "sarathi"
+    prefix_caching: bool = True
+    tbt_slo_ms: float | None = None
+    ttft_slo_ms: float | None = None
     overlap: bool = True
     seed: int | None = None
 
@@ -168,6 +182,17 @@ class EngineConfig:
         for name in ("max_model_len", "num_blocks"):
             if getattr(self, name) is not None and not _is_count(getattr(self, name)):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be a positive integer or None")
+        if self.policy not in POLICIES:
+            raise ConfigError(f"policy={self.policy!r} is not one of {', '.join(POLICIES)}")
+        for name in ("tbt_slo_ms", "ttft_slo_ms"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name}={value!r} must be a positive number of milliseconds or None")
+        if self.tbt_slo_ms is not None and self.policy != "sarathi":
+            raise ConfigError(
+                f"tbt_slo_ms={self.tbt_slo_ms} with policy={self.policy!r}: only the policy sarathi can keep a time "
+                "between tokens; leave one of them out"
+            )
         if not (math.isfinite(self.memory_fraction) and 0 < self.memory_fraction <= 1):
             raise ConfigError(f"memory_fraction={self.memory_fraction!r} must lie in (0, 1]")
         if self.dp > 1 and self.hosts > 1:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
@@ -33,7 +34,7 @@ class Engine:
 
     Args:
       model: vocabulary, length and end-of-text tokens.
-      config: overlap and seed.
+      config: overlap, seed, and the promised time between tokens.
       cache: the longest sequence.
       scheduler: decides what each step computes.
       executor: runs it.
@@ -54,6 +55,7 @@ class Engine:
         clock: Clock | None = None,
     ):
         self._model = model
+        self._config = config
         # Steps under way before one is waited for: one in each stage, and with overlap one more.
         self._depth = config.pp + config.overlap
         self._cache = cache
@@ -87,6 +89,8 @@ class Engine:
         *,
         prompt: str | None = None,
         streams: bool = False,
+        priority: int = 0,
+        slo_ms: float | None = None,
     ) -> None:
         """Accepts a request; `step` will report it.
 
@@ -96,6 +100,8 @@ class Engine:
           params: how to draw.
           prompt: the text, to be given back.
           streams: report every token, not only the end.
+          priority: less goes first.
+          slo_ms: longest time between two of its tokens, in milliseconds; None: the engine's.
 
         Raises:
           RequestError: it can never be served; the message names what to change.
@@ -109,7 +115,9 @@ class Engine:
             )
         if not isinstance(prompt_token_ids, Iterable) or isinstance(prompt_token_ids, str | bytes | Mapping):
             raise RequestError(f"a prompt of type {type(prompt_token_ids).__name__}: give a list of token ids")
-        request = self._check(request_id, tuple(prompt_token_ids), params, prompt, streams)
+        token_ids = tuple(prompt_token_ids)
+        self._check(token_ids, params)
+        request = self._resolve(request_id, token_ids, params, prompt, streams, priority, slo_ms)
         sequences = [Sequence(self._num_sequences + i, request, i) for i in range(params.n)]
         self._num_sequences += params.n
         self._records[request_id] = RequestRecord(request, self._tokenizer)
@@ -182,10 +190,8 @@ class Engine:
         assert seq.status is not Status.FINISHED
         return self._records[seq.request.request_id]
 
-    def _check(
-        self, request_id: str, token_ids: tuple[int, ...], params: SamplingParams, prompt: str | None, streams: bool
-    ) -> Request:
-        """Resolves everything that a request leaves open, or refuses it."""
+    def _check(self, token_ids: tuple[int, ...], params: SamplingParams) -> None:
+        """Refuses a request that can never be served."""
         if not token_ids:
             raise RequestError("the prompt is empty: give at least one token")
         for token in token_ids:
@@ -212,6 +218,19 @@ class Engine:
         room = longest - len(token_ids)
         if params.min_tokens > room:
             raise RequestError(f"min_tokens={params.min_tokens}, but only {room} tokens fit behind this prompt")
+
+    def _resolve(
+        self,
+        request_id: str,
+        token_ids: tuple[int, ...],
+        params: SamplingParams,
+        prompt: str | None,
+        streams: bool,
+        priority: int,
+        slo_ms: float | None,
+    ) -> Request:
+        """Decides everything that a request leaves open."""
+        room = self._scheduler.longest_sequence - len(token_ids)
         return Request(
             request_id=request_id,
             prompt_token_ids=tuple(map(int, token_ids)),
@@ -223,4 +242,25 @@ class Engine:
             arrival_s=self._clock.now_s(),
             prompt=prompt,
             streams=streams,
+            priority=priority,
+            pace_s=self._pace_s(params, slo_ms),
         )
+
+    def _pace_s(self, params: SamplingParams, slo_ms: float | None) -> float | None:
+        """The longest that pp steps in a row may take so that two tokens of the request come in the promised time.
+
+        Raises:
+          RequestError: a promise that cannot be kept.
+        """
+        promised_ms = self._config.tbt_slo_ms if slo_ms is None else slo_ms
+        if slo_ms is not None:
+            if isinstance(slo_ms, bool) or not isinstance(slo_ms, int | float) or not 0 < slo_ms < math.inf:
+                raise RequestError(f"slo_ms={slo_ms!r} must be a positive number of milliseconds")
+            if not self._scheduler.keeps_pace:
+                raise RequestError("slo_ms: no time between tokens can be promised by this server; leave it out")
+        if promised_ms is None:
+            return None
+        # Under a grammar a token must be known here before the next is drawn: a step later than else, with overlap.
+        num_stages = self._config.pp
+        num_steps = self._depth if params.structured_outputs is not None else num_stages
+        return promised_ms / 1000 * num_stages / num_steps

@@ -19,6 +19,25 @@ class RequestError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StructuredOutputsParams:
+    """What the text must look like, enforced token by token; exactly one of the fields. The names are vLLM's.
+
+    Attributes:
+      json: a JSON schema, as a mapping or as text.
+      json_object: any JSON object.
+      regex: a regular expression that the whole text matches.
+      choice: one of these strings.
+      grammar: a context-free grammar in the Lark format of llguidance.
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How the tokens of a request are drawn. The names and defaults are those that users of vLLM know.
 
@@ -41,6 +60,7 @@ class SamplingParams:
       prompt_logprobs: the same at each prompt token.
       detokenize: whether text is wanted; without it stop strings are refused.
       skip_special_tokens: whether special tokens are left out of the text.
+      structured_outputs: what the text must look like (a `StructuredOutputsParams` or its fields as a mapping).
 
     Raises:
       RequestError: a value is out of its range, naming it.
@@ -66,6 +86,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self):
         # Frozen so that a request cannot change under way; normalised here so that every reader sees tuples.
@@ -144,6 +165,9 @@ class Request:
       arrival_s: when it came, on the engine's clock.
       prompt: the text, where there was one.
       streams: every token is reported, not only the end.
+      priority: less goes first; requests of one priority in order of arrival.
+      pace_s: the longest that pp steps in a row may take so that its tokens come in the promised time; None: nothing
+        was promised.
     """
 
     request_id: str
@@ -155,6 +179,8 @@ class Request:
     arrival_s: float
     prompt: str | None = None
     streams: bool = False
+    priority: int = 0
+    pace_s: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,6 +50,11 @@ class Sequence:
         )
 
     @property
+    def rank(self) -> tuple[int, int]:
+        """Who is less goes first: by the request's priority, then by arrival."""
+        return self.request.priority, self.seq_id
+
+    @property
     def num_tokens(self) -> int:
         """Prompt and output, those in flight included."""
         return len(self.tokens) + self.num_in_flight
@@ -71,6 +76,12 @@ class Sequence:
     def is_decode(self) -> bool:
         """Only the newest token is left to compute and it is an output (a prompt's last token is prefill work)."""
         return self.num_uncomputed == 1 and self.num_output > 0
+
+    @property
+    def is_held(self) -> bool:
+        """Its next token depends on one that is in flight in a way that only the host can work out (a grammar), so no
+        step may draw it before that one is committed."""
+        return self.request.params.structured_outputs is not None and self.num_in_flight > 0
 
     @property
     def is_runnable(self) -> bool:

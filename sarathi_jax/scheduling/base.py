@@ -17,7 +17,7 @@ from sarathi_jax.kv.blocks import BlockError, BlockPool, BlockTable
 from sarathi_jax.scheduling.plan import Chunk, StepPlan, TokenBudget
 from sarathi_jax.sequence import Sequence, Status
 
-ARRIVAL = operator.attrgetter("seq_id")
+RANK = operator.attrgetter("rank")
 WATERMARK_FRACTION = 0.01  # of the pool, kept free at admission for the growth of running decodes
 
 
@@ -72,7 +72,7 @@ class Scheduler(abc.ABC):
         self._max_model_len = max_model_len
         self._num_stages = num_stages
         self._watermark = math.ceil(WATERMARK_FRACTION * pool.num_total)
-        # Both in arrival order (seq_id), which is also the order in which preempted sequences come back.
+        # Both by rank (priority, then arrival), which is also the order in which preempted sequences come back.
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._tables: dict[int, BlockTable] = {}
@@ -91,12 +91,12 @@ class Scheduler(abc.ABC):
 
     @property
     def waiting(self) -> tuple[Sequence, ...]:
-        """Sequences not admitted yet or preempted, in arrival order. A copy: for its size use `num_waiting`."""
+        """Sequences not admitted yet or preempted, by rank. A copy: for its size use `num_waiting`."""
         return tuple(self._waiting)
 
     @property
     def running(self) -> tuple[Sequence, ...]:
-        """Sequences that own a row, in arrival order. A copy: for its size use `num_running`."""
+        """Sequences that own a row, by rank. A copy: for its size use `num_running`."""
         return tuple(self._running)
 
     @property
@@ -138,6 +138,11 @@ class Scheduler(abc.ABC):
         """Longest prompt in tokens that can be served, with a single token of output."""
         return self.longest_sequence - 1
 
+    @property
+    def keeps_pace(self) -> bool:
+        """Whether steps are kept as short as the running requests were promised (`Request.pace_s`)."""
+        return False
+
     def add(self, seq: Sequence) -> None:
         """Queues a new sequence.
 
@@ -153,7 +158,7 @@ class Scheduler(abc.ABC):
                 f"a sequence of {length} tokens needs {num_blocks} blocks of the KV cache, which has "
                 f"{self._pool.num_total}: ask for fewer tokens or make the cache larger"
             )
-        bisect.insort(self._waiting, seq, key=ARRIVAL)
+        bisect.insort(self._waiting, seq, key=RANK)
 
     def remove(self, seq: Sequence) -> None:
         """Forgets a sequence that finished or was aborted, at any moment, and frees its blocks and row.
@@ -170,7 +175,7 @@ class Scheduler(abc.ABC):
     # For the policies.
 
     def _live(self) -> list[Sequence]:
-        """The running sequences that go on, in arrival order, after freeing all blocks that nobody will read."""
+        """The running sequences that go on, by rank, after freeing all blocks that nobody will read."""
         live = []
         for seq in self._running:
             if not seq.is_runnable:
@@ -200,7 +205,7 @@ class Scheduler(abc.ABC):
             if not seq.is_decode:
                 prefills.append(seq)
                 continue
-            if seq.seq_id in away or len(chunks) == most:
+            if seq.seq_id in away or seq.is_held or len(chunks) == most:
                 continue
             start = seq.num_computed
             table = self._tables[seq.seq_id]
@@ -220,7 +225,7 @@ class Scheduler(abc.ABC):
         return chunks, prefills
 
     def _affordable(self, prefills: Seq[Sequence]) -> Iterator[Sequence]:
-        """The waiting sequences that rows and blocks let start now, first come first served.
+        """The waiting sequences that rows and blocks let start now, by rank.
 
         A sequence starts only if all its known tokens fit beside what the prefills that run still need. So once no
         decode is left, every prefill finds its blocks: prefills never wait for each other, and need not preempt.
@@ -265,7 +270,7 @@ class Scheduler(abc.ABC):
 
     def _admit(self, seq: Sequence) -> None:
         _discard(self._waiting, seq)
-        bisect.insort(self._running, seq, key=ARRIVAL)
+        bisect.insort(self._running, seq, key=RANK)
         self._tables[seq.seq_id] = BlockTable(self._pool, self._block_size)
         seq.row = heapq.heappop(self._free_rows)
         seq.status = Status.RUNNING
@@ -275,7 +280,7 @@ class Scheduler(abc.ABC):
         _discard(self._running, seq)
         self._give_back(seq)
         seq.preempt()
-        bisect.insort(self._waiting, seq, key=ARRIVAL)
+        bisect.insort(self._waiting, seq, key=RANK)
 
     def _give_back(self, seq: Sequence) -> None:
         self._tables.pop(seq.seq_id).release()
@@ -290,7 +295,7 @@ def decodes_first(chunks: Seq[Chunk]) -> tuple[list[Chunk], list[Chunk]]:
 
 
 def _discard(queue: list[Sequence], seq: Sequence) -> None:
-    """Removes `seq` from a queue in arrival order, if it is there."""
-    index = bisect.bisect_left(queue, seq.seq_id, key=ARRIVAL)
+    """Removes `seq` from a queue in order of rank, if it is there."""
+    index = bisect.bisect_left(queue, seq.rank, key=RANK)
     if index < len(queue) and queue[index] is seq:
         del queue[index]

@@ -83,8 +83,30 @@ class TokenBudget:
         return taken
 
 
-Chooser = Callable[[int, int], int]
-"""``(num_decodes, num_prefill_tokens) -> limit`` of the step's `TokenBudget`.
+@dataclasses.dataclass(frozen=True)
+class Demand:
+    """What could enter a step, for the choice of its bucket.
+
+    Attributes:
+      num_decodes: of the step; in a pipeline the most of any micro-batch in flight.
+      prefills: of each prefill that has something to compute, first come first served: tokens of it that are in the
+        cache, and tokens that could be computed now.
+      num_decode_keys: keys that the decodes read, themselves included.
+      pace_s: the least `Request.pace_s` of all running decodes; None: nobody was promised anything.
+    """
+
+    num_decodes: int
+    prefills: tuple[tuple[int, int], ...] = ()
+    num_decode_keys: int = 0
+    pace_s: float | None = None
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        return sum(num_tokens for _, num_tokens in self.prefills)
+
+
+Chooser = Callable[[Demand], int]
+"""``demand -> limit`` of the step's `TokenBudget`.
 
 The scheduler clamps it to the range of the buckets and runs every decode whatever it is: a limit of at most
 `num_decodes` keeps prefills out of the step, except from the padding of the smallest bucket.
@@ -110,13 +132,14 @@ class FillToEdge:
     min_fill: float = 0.75
     flat_tokens: int = 64
 
-    def __call__(self, num_decodes: int, num_prefill_tokens: int) -> int:
-        demand = num_decodes + num_prefill_tokens
-        index = bisect.bisect_left(self.buckets, demand)
+    def __call__(self, demand: Demand) -> int:
+        num_decodes, num_prefill_tokens = demand.num_decodes, demand.num_prefill_tokens
+        num_tokens = num_decodes + num_prefill_tokens
+        index = bisect.bisect_left(self.buckets, num_tokens)
         if index == len(self.buckets):
             return self.buckets[-1]
         higher = self.buckets[index]
-        if index == 0 or higher <= self.flat_tokens or demand >= self.min_fill * higher:
+        if index == 0 or higher <= self.flat_tokens or num_tokens >= self.min_fill * higher:
             return higher
         lower = self.buckets[index - 1]
         return lower if 2 * (lower - num_decodes) >= num_prefill_tokens else higher

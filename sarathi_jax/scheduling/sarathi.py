@@ -5,11 +5,12 @@ docs/decisions/pipeline-parallel.md.
 """
 
 import collections
+from collections.abc import Sequence as Seq
 from typing import Unpack
 
 from sarathi_jax.kv.blocks import BlockPool
 from sarathi_jax.scheduling.base import Scheduler, Sizes, decodes_first
-from sarathi_jax.scheduling.plan import Chooser, Chunk, FillToEdge, StepPlan, TokenBudget
+from sarathi_jax.scheduling.plan import Chooser, Chunk, Demand, FillToEdge, StepPlan, TokenBudget
 from sarathi_jax.sequence import Sequence
 
 SMALLEST_SHARE = 64  # tokens of prompts that a micro-batch takes before it leaves some to the next ones
@@ -44,8 +45,9 @@ class SarathiScheduler(Scheduler):
         newcomers = [] if preempted else self._newcomers(prefills, len(decodes))
 
         if self._num_following == 0:
-            demand = sum(self._room(seq) for seq in prefills) + sum(seq.num_uncomputed for seq in newcomers)
-            self._choose(len(decodes) if self._num_stages == 1 else largest_share, demand)
+            wanted = [(seq.num_computed, self._room(seq)) for seq in prefills]
+            wanted += [(seq.num_computed, seq.num_uncomputed) for seq in newcomers]
+            self._choose(live, decodes, largest_share, wanted)
         budget = TokenBudget(self._limit)
         budget.take(len(decodes))
         chunks: list[Chunk] = []
@@ -91,10 +93,17 @@ class SarathiScheduler(Scheduler):
             newcomers.append(seq)
         return newcomers
 
-    def _choose(self, num_decodes: int, num_prefill_tokens: int) -> None:
+    def _choose(
+        self, live: Seq[Sequence], decodes: Seq[Chunk], largest_share: int, prefills: Seq[tuple[int, int]]
+    ) -> None:
         """Sets the token limit of the next pp micro-batches, among which the prompts are shared out."""
-        share = max(SMALLEST_SHARE, -(-num_prefill_tokens // self._num_stages))
-        limit = self._chooser(num_decodes, min(num_prefill_tokens, share))
+        num_decodes = len(decodes) if self._num_stages == 1 else largest_share
+        num_keys = sum(chunk.start + 1 for chunk in decodes) * num_decodes // max(1, len(decodes))
+        paces = [seq.request.pace_s for seq in live if seq.is_decode and seq.request.pace_s is not None]
+        num_tokens = sum(length for _, length in prefills)
+        share = TokenBudget(max(SMALLEST_SHARE, -(-num_tokens // self._num_stages)))
+        own = tuple((start, taken) for start, length in prefills if (taken := share.take(length)))
+        limit = self._chooser(Demand(num_decodes, own, num_keys, min(paces, default=None)))
         self._limit = max(self._buckets[0], min(limit, self._buckets[-1]))
         if self._num_stages > 1:
             self._limit = max(self._limit, num_decodes)  # the bucket of all must hold them

@@ -288,13 +288,13 @@ def drawn(**fields: Any) -> SamplingParams:
 
 def at_most(num_tokens: int) -> Chooser:
     """Lets a step hold no more than `num_tokens`, as far as its decodes allow."""
-    return lambda num_decodes, num_prefill_tokens: num_tokens
+    return lambda demand: num_tokens
 
 
 def random_limit(seed: int) -> Chooser:
     """Another limit each step: chunks of any length, at any boundary."""
     rng = np.random.default_rng(seed)
-    return lambda num_decodes, num_prefill_tokens: num_decodes + int(rng.integers(0, 24))
+    return lambda demand: demand.num_decodes + int(rng.integers(0, 24))
 
 
 def _check_tables(

@@ -12,7 +12,7 @@ import dataclasses
 from sarathi_jax.kv.blocks import BlockPool
 from sarathi_jax.request import Request, SamplingParams
 from sarathi_jax.scheduling.base import Scheduler, Sizes
-from sarathi_jax.scheduling.plan import Chooser, Chunk, FillToEdge, StepPlan
+from sarathi_jax.scheduling.plan import Chooser, Chunk, Demand, FillToEdge, StepPlan
 from sarathi_jax.scheduling.sarathi import SarathiScheduler
 from sarathi_jax.scheduling.vllm import VllmScheduler
 from sarathi_jax.sequence import Sequence
@@ -411,7 +411,8 @@ def expected_tokens(drive: Drive) -> dict[int, int]:
     prefills += [seq.seq_id for seq in drive.scheduler.waiting][: case.max_running - len(running)]
     wanted = {i: drive.num_tokens(i) - drive.computed[i] for i in prefills}
     chooser = case.chooser or FillToEdge(case.buckets)
-    left = min(max(chooser(len(decodes), sum(wanted.values())), case.buckets[0]), case.buckets[-1]) - len(decodes)
+    demand = Demand(len(decodes), tuple((drive.computed[i], num_tokens) for i, num_tokens in wanted.items()))
+    left = min(max(chooser(demand), case.buckets[0]), case.buckets[-1]) - len(decodes)
     tokens = dict.fromkeys(decodes, 1)
     for seq_id, num_tokens in wanted.items():
         if left > 0:

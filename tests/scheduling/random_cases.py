@@ -50,7 +50,7 @@ BUCKETS = st.sampled_from([(1, 2, 4, 8, 16), (4, 8, 16), (3, 5, 11), (8,), (1,),
 def choosers(draw, buckets):
     fixed = draw(st.integers(0, buckets[-1] + 3))
     fill = FillToEdge(buckets, min_fill=draw(st.sampled_from([0.5, 0.75, 1.0])), flat_tokens=0)
-    return draw(st.sampled_from([None, fill, lambda num_decodes, num_prefill_tokens: fixed]))
+    return draw(st.sampled_from([None, fill, lambda demand: fixed]))
 
 
 @st.composite

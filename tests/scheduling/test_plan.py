@@ -1,6 +1,6 @@
 import pytest
 
-from sarathi_jax.scheduling.plan import FillToEdge, TokenBudget
+from sarathi_jax.scheduling.plan import Demand, FillToEdge, TokenBudget
 
 
 def test_budget_clamps_once():
@@ -27,10 +27,10 @@ def test_budget_clamps_once():
     ],
 )
 def test_fill_to_the_edge(num_decodes, num_prefill_tokens, limit):
-    assert FillToEdge((64, 128, 256, 512))(num_decodes, num_prefill_tokens) == limit
+    assert FillToEdge((64, 128, 256, 512))(Demand(num_decodes, ((0, num_prefill_tokens),))) == limit
 
 
 def test_small_steps_are_not_split():
-    assert FillToEdge((8, 16, 32, 64, 128))(0, 33) == 64
-    assert FillToEdge((8, 16, 32, 64, 128), flat_tokens=0)(0, 33) == 32
-    assert FillToEdge((8, 16, 32, 64, 128))(0, 65) == 64
+    assert FillToEdge((8, 16, 32, 64, 128))(Demand(0, ((0, 33),))) == 64
+    assert FillToEdge((8, 16, 32, 64, 128), flat_tokens=0)(Demand(0, ((0, 33),))) == 32
+    assert FillToEdge((8, 16, 32, 64, 128))(Demand(0, ((0, 65),))) == 64

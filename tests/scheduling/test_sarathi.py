@@ -1,7 +1,5 @@
 """Schedules small enough to read, drawn as timelines, and what the scheduler refuses."""
 
-import operator
-
 import pytest
 
 from sarathi_jax.kv.blocks import BlockError, BlockPool
@@ -133,7 +131,7 @@ def test_decodes_are_shared_out_evenly(num_seqs, num_stages):
         buckets=tuple(range(1, 20)),
         max_num_seqs=13,
         num_stages=num_stages,
-        chooser=operator.add,
+        chooser=lambda demand: demand.num_decodes + demand.num_prefill_tokens,
     )
     drive = Drive(case).run()
     shares = [plan.num_decodes if plan else 0 for plan in drive.plans[-8 * num_stages : -6 * num_stages]]
@@ -153,7 +151,7 @@ def test_a_round_takes_no_more_decodes_than_its_bucket_holds():
             buckets=tuple(range(1, 9)),
             max_num_seqs=13,
             num_stages=2,
-            chooser=lambda num_decodes, num_prefill_tokens: 4 if num_decodes else 8,
+            chooser=lambda demand: 4 if demand.num_decodes else 8,
         )
     ).run()
     assert [(plan.num_decodes, plan.bucket) for plan in drive.plans[:4] if plan] == [(1, 8), (8, 8), (5, 5), (5, 5)]
@@ -170,9 +168,9 @@ def test_a_pipeline_runs_as_many_as_its_micro_batches_hold():
 def test_prompts_are_shared_out_among_the_micro_batches():
     asked = []
 
-    def chooser(num_decodes, num_prefill_tokens):
-        asked.append((num_decodes, num_prefill_tokens))
-        return num_decodes + num_prefill_tokens
+    def chooser(demand):
+        asked.append((demand.num_decodes, demand.num_prefill_tokens))
+        return demand.num_decodes + demand.num_prefill_tokens
 
     scheduler = scheduler_of(
         64, buckets=(64, 128, 256), num_stages=2, chooser=chooser, block_size=16, max_model_len=512
@@ -194,7 +192,7 @@ def test_a_limit_below_the_decodes_runs_them_all_the_same():
         buckets=(2, 4, 8),
         max_num_seqs=8,
         num_stages=2,
-        chooser=lambda num_decodes, num_prefill_tokens: 8 if num_decodes < 4 else 0,
+        chooser=lambda demand: 8 if demand.num_decodes < 4 else 0,
     )
     assert max(plan.num_decodes for plan in Drive(case).run().plans if plan) == 4
 
@@ -255,7 +253,7 @@ def test_a_free_row_is_used_again_lowest_first():
 
 @pytest.mark.parametrize(("smallest", "expected"), [(1, [[1], [1], [1]]), (4, [[3, 1], [1, 2], [1, 1]])])
 def test_a_limit_below_the_decodes_holds_back_prefills_only(smallest, expected):
-    scheduler = scheduler_of(64, buckets=(smallest, 16), chooser=lambda num_decodes, num_prefill_tokens: 0)
+    scheduler = scheduler_of(64, buckets=(smallest, 16), chooser=lambda demand: 0)
     scheduler.add(make_sequence(0, min(smallest, 3), 9))
     scheduler.add(make_sequence(1, 3, 9))
     plans = [scheduler.schedule() for _ in expected]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sarathi_jax.scheduling.plan import FillToEdge
+from sarathi_jax.scheduling.plan import Demand, FillToEdge
 from tests.scheduling.drive import Drive, expected_tokens
 from tests.scheduling.random_cases import BUCKETS, FEWER, MANY, PIPELINE, cases, cases_of
 
@@ -101,7 +101,7 @@ def test_fill_to_edge():
     @given(BUCKETS, st.integers(0, 120), st.integers(0, 300), st.sampled_from([0, 8, 64]))
     def check(buckets, num_decodes, num_prefill_tokens, flat_tokens):
         num_decodes = min(num_decodes, buckets[-1])
-        limit = FillToEdge(buckets, flat_tokens=flat_tokens)(num_decodes, num_prefill_tokens)
+        limit = FillToEdge(buckets, flat_tokens=flat_tokens)(Demand(num_decodes, ((0, num_prefill_tokens),)))
         demand = num_decodes + num_prefill_tokens
         assert limit in buckets
         assert limit >= num_decodes
