@@ -3,30 +3,34 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
-
-import numpy as np
 
 from sarathi_jax.clock import Clock, WallClock
 from sarathi_jax.config import CacheConfig, EngineConfig, ModelConfig
 from sarathi_jax.executor import Executor
+from sarathi_jax.intake import Intake
 from sarathi_jax.output import RequestRecord
-from sarathi_jax.request import MAX_SEED, Request, RequestError, RequestOutput, SamplingParams
-from sarathi_jax.sampling import check_vocabulary
+from sarathi_jax.request import RequestError, RequestOutput, SamplingParams
 from sarathi_jax.scheduling.base import Scheduler
 from sarathi_jax.scheduling.plan import StepPlan, StepResult
 from sarathi_jax.sequence import Sequence, Status
+from sarathi_jax.telemetry.steps import Observer, StepRecord
 from sarathi_jax.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """A launched step; an empty one where there was nothing to do."""
+    """A launched step; an empty one where there was nothing to do.
+
+    Attributes:
+      scheduled_s, launched_s: when its planning began, and when it was on its way.
+    """
 
     plan: StepPlan | None
     handle: Any
+    scheduled_s: float
+    launched_s: float
 
 
 class Engine:
@@ -54,20 +58,19 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         clock: Clock | None = None,
     ):
-        self._model = model
-        self._config = config
         # Steps under way before one is waited for: one in each stage, and with overlap one more.
         self._depth = config.pp + config.overlap
-        self._cache = cache
         self._scheduler = scheduler
         self._executor = executor
         self._sequences = sequences
         self._tokenizer = tokenizer
         self._clock = clock or WallClock()
-        self._seeds = np.random.default_rng(config.seed)
+        self._intake = Intake(model, config, cache, scheduler, tokenizer is not None, self._clock)
+        self._observers: list[Observer] = []
         self._records: dict[str, RequestRecord] = {}
         self._in_flight: collections.deque[_Step] = collections.deque()
         self._num_sequences = 0
+        self._ended_s = -math.inf
 
     def __repr__(self) -> str:
         return f"Engine({len(self._records)} requests, {self._scheduler})"
@@ -108,16 +111,7 @@ class Engine:
         """
         if request_id in self._records:
             raise RequestError(f"request_id={request_id!r} is in use: choose another")
-        if not isinstance(params, SamplingParams):
-            raise RequestError(
-                f"sampling parameters of type {type(params).__name__}: give SamplingParams, which "
-                "SamplingParams.from_dict makes from a mapping"
-            )
-        if not isinstance(prompt_token_ids, Iterable) or isinstance(prompt_token_ids, str | bytes | Mapping):
-            raise RequestError(f"a prompt of type {type(prompt_token_ids).__name__}: give a list of token ids")
-        token_ids = tuple(prompt_token_ids)
-        self._check(token_ids, params)
-        request = self._resolve(request_id, token_ids, params, prompt, streams, priority, slo_ms)
+        request = self._intake.accept(request_id, prompt_token_ids, params, prompt, streams, priority, slo_ms)
         sequences = [Sequence(self._num_sequences + i, request, i) for i in range(params.n)]
         self._num_sequences += params.n
         self._records[request_id] = RequestRecord(request, self._tokenizer)
@@ -134,6 +128,10 @@ class Engine:
             self._end(seq, record.samples[seq.index].end("abort"))
         return self._report(record)
 
+    def observe(self, observer: Observer) -> None:
+        """Tells an observer of every step and every request's end from now on."""
+        self._observers.append(observer)
+
     def step(self) -> list[RequestOutput]:
         """Starts one step, if there is anything to do, and reports an earlier one: with overlap the one before it, in
         a pipeline the one that has come through.
@@ -141,27 +139,30 @@ class Engine:
         Returns:
           The requests that finished, and those that stream and got a token.
         """
-        self._in_flight.append(self._launch(self._scheduler.schedule()))
+        scheduled_s = self._clock.now_s()
+        self._in_flight.append(self._launch(self._scheduler.schedule(), scheduled_s))
         due = self._in_flight.popleft() if len(self._in_flight) == self._depth else None
-        return [] if due is None or due.plan is None else self._commit(due.plan, self._executor.collect(due.handle))
+        return [] if due is None or due.plan is None else self._commit(due, self._executor.collect(due.handle))
 
-    def _launch(self, plan: StepPlan | None) -> _Step:
+    def _launch(self, plan: StepPlan | None, scheduled_s: float) -> _Step:
         if plan is not None:
-            now_s = self._clock.now_s()
             for chunk in plan.chunks:
                 record = self._record_of(self._sequences[chunk.seq_id])
                 if record.first_scheduled_s is None:
-                    record.first_scheduled_s = now_s
+                    record.first_scheduled_s = scheduled_s
             for seq_id in plan.preempted:
                 self._record_of(self._sequences[seq_id]).num_preemptions += 1
-        return _Step(plan, self._executor.launch(plan))
+        handle = self._executor.launch(plan)
+        return _Step(plan, handle, scheduled_s, self._clock.now_s())
 
-    def _commit(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
+    def _commit(self, step: _Step, result: StepResult) -> list[RequestOutput]:
         """Hands a step's tokens to their sequences; those that ended meanwhile are passed over."""
+        assert step.plan is not None
         now_s, touched, first = self._clock.now_s(), {}, 0
-        drawn = result.tokens.tolist()
-        for row, chunk in enumerate(plan.chunks):
+        drawn, request_ids, ttfts_s, tbts_s = result.tokens.tolist(), [], [], []
+        for row, chunk in enumerate(step.plan.chunks):
             seq = self._sequences.get(chunk.seq_id)
+            request_ids.append("" if seq is None else seq.request.request_id)
             if seq is not None:
                 record = self._record_of(seq)
                 record.add_prompt_logprobs(chunk.start, chunk.length, result, first)
@@ -169,10 +170,22 @@ class Engine:
                     touched[seq.request.request_id] = record
                     seq.commit(drawn[row])
                     record.add_logprobs(seq.index, drawn[row], result, row)
-                    reason = record.samples[seq.index].add(drawn[row], now_s)
+                    sample = record.samples[seq.index]
+                    if sample.token_s:
+                        tbts_s.append(now_s - sample.token_s[-1])
+                    elif not record.has_begun:
+                        ttfts_s.append(now_s - seq.request.arrival_s)
+                    reason = sample.add(drawn[row], now_s)
                     if reason is not None:
                         self._end(seq, reason)
             first += chunk.length
+        times = (step.scheduled_s, step.launched_s, max(step.launched_s, self._ended_s), now_s)
+        self._ended_s = now_s
+        if self._observers:
+            waits = tuple(ttfts_s), tuple(tbts_s)
+            told = StepRecord(step.plan, tuple(request_ids), *times, *waits, self._scheduler.state)
+            for observer in self._observers:
+                observer.on_step(told)
         return [self._report(record) for record in touched.values() if record.finished or record.request.streams]
 
     def _end(self, seq: Sequence, reason: Any) -> None:
@@ -184,83 +197,12 @@ class Engine:
         if record.finished:
             record.finished_s = self._clock.now_s()
             del self._records[record.request.request_id]
-        return record.output()
+        output = record.output()
+        if output.finished:
+            for observer in self._observers:
+                observer.on_end(output)
+        return output
 
     def _record_of(self, seq: Sequence) -> RequestRecord:
         assert seq.status is not Status.FINISHED
         return self._records[seq.request.request_id]
-
-    def _check(self, token_ids: tuple[int, ...], params: SamplingParams) -> None:
-        """Refuses a request that can never be served."""
-        if not token_ids:
-            raise RequestError("the prompt is empty: give at least one token")
-        for token in token_ids:
-            is_integer = isinstance(token, int | np.integer) and not isinstance(token, bool)
-            if not is_integer or not 0 <= token < self._model.vocab_size:
-                raise RequestError(
-                    f"token id {token!r} is not an integer in [0, {self._model.vocab_size}), the model's vocabulary"
-                )
-        check_vocabulary(params, self._model.vocab_size)
-        if params.stop and self._tokenizer is None:
-            raise RequestError("stop strings need a tokenizer, which this model has not got: use stop_token_ids")
-        longest = self._scheduler.longest_sequence
-        if len(token_ids) >= longest:
-            limit = "max_model_len" if longest == self._cache.max_model_len else "the KV cache"
-            raise RequestError(
-                f"the prompt has {len(token_ids)} tokens; {limit} leaves room for {longest - 1} and one of output: "
-                "shorten the prompt, or raise max_model_len or num_blocks"
-            )
-        if len(token_ids) > self._scheduler.longest_prompt:
-            raise RequestError(
-                f"the prompt has {len(token_ids)} tokens, and a scheduling policy that never cuts prompts can serve "
-                f"{self._scheduler.longest_prompt}, its largest step: raise token_budget, or use the policy sarathi"
-            )
-        room = longest - len(token_ids)
-        if params.min_tokens > room:
-            raise RequestError(f"min_tokens={params.min_tokens}, but only {room} tokens fit behind this prompt")
-
-    def _resolve(
-        self,
-        request_id: str,
-        token_ids: tuple[int, ...],
-        params: SamplingParams,
-        prompt: str | None,
-        streams: bool,
-        priority: int,
-        slo_ms: float | None,
-    ) -> Request:
-        """Decides everything that a request leaves open."""
-        room = self._scheduler.longest_sequence - len(token_ids)
-        return Request(
-            request_id=request_id,
-            prompt_token_ids=tuple(map(int, token_ids)),
-            params=params,
-            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
-            seed=int(self._seeds.integers(MAX_SEED + 1)) if params.seed is None else params.seed,
-            stop_token_ids=frozenset(params.stop_token_ids)
-            | (frozenset() if params.ignore_eos else frozenset(self._model.eos_token_ids)),
-            arrival_s=self._clock.now_s(),
-            prompt=prompt,
-            streams=streams,
-            priority=priority,
-            pace_s=self._pace_s(params, slo_ms),
-        )
-
-    def _pace_s(self, params: SamplingParams, slo_ms: float | None) -> float | None:
-        """The longest that pp steps in a row may take so that two tokens of the request come in the promised time.
-
-        Raises:
-          RequestError: a promise that cannot be kept.
-        """
-        promised_ms = self._config.tbt_slo_ms if slo_ms is None else slo_ms
-        if slo_ms is not None:
-            if isinstance(slo_ms, bool) or not isinstance(slo_ms, int | float) or not 0 < slo_ms < math.inf:
-                raise RequestError(f"slo_ms={slo_ms!r} must be a positive number of milliseconds")
-            if not self._scheduler.keeps_pace:
-                raise RequestError("slo_ms: no time between tokens can be promised by this server; leave it out")
-        if promised_ms is None:
-            return None
-        # Under a grammar a token must be known here before the next is drawn: a step later than else, with overlap.
-        num_stages = self._config.pp
-        num_steps = self._depth if params.structured_outputs is not None else num_stages
-        return promised_ms / 1000 * num_stages / num_steps

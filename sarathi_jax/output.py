@@ -133,6 +133,11 @@ class RequestRecord:
     def finished(self) -> bool:
         return all(sample.finish_reason is not None for sample in self.samples)
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether any sample has a token."""
+        return any(sample.token_ids for sample in self.samples)
+
     def add_logprobs(self, index: int, token: int, result: StepResult, row: int) -> None:
         """Records the log-probabilities of a drawn token: row `row` of the step's result."""
         num_top = self.request.params.logprobs

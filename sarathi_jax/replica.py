@@ -13,14 +13,21 @@ from sarathi_jax.config import CacheConfig, ConfigError, EngineConfig, ModelConf
 from sarathi_jax.engine import Engine
 from sarathi_jax.executor import DeviceExecutor
 from sarathi_jax.kv.blocks import BlockPool
+from sarathi_jax.latency import LatencyTable, StepTimes
 from sarathi_jax.parallel import TensorSplit, make_meshes, split_layers
 from sarathi_jax.parallel.hosts import Hosts
 from sarathi_jax.parallel.pipeline import is_local
 from sarathi_jax.request import RequestOutput, SamplingParams
 from sarathi_jax.runner import Runner
 from sarathi_jax.sampling import SamplingTable
+from sarathi_jax.scheduling.base import Scheduler, Sizes
+from sarathi_jax.scheduling.plan import KeepPace
 from sarathi_jax.scheduling.sarathi import SarathiScheduler
+from sarathi_jax.scheduling.vllm import VllmScheduler
 from sarathi_jax.sizing import plan_cache
+from sarathi_jax.telemetry.drift import DriftObserver
+from sarathi_jax.telemetry.steps import Observer
+from sarathi_jax.timing import latency_table
 from sarathi_jax.tokenizer import Tokenizer
 from sarathi_jax.weights.checkpoint import load_parameters, random_parameters
 from sarathi_jax.weights.quantized import put_on_default_device
@@ -28,11 +35,16 @@ from sarathi_jax.weights.quantized import put_on_default_device
 
 @dataclasses.dataclass(frozen=True)
 class Replica:
-    """An engine and what is below it."""
+    """An engine and what is below it.
+
+    Attributes:
+      table: measured step times, where somebody wanted them.
+    """
 
     engine: Engine
     runner: Runner
     cache: CacheConfig
+    table: LatencyTable | None = None
 
 
 def start_replicas(
@@ -42,6 +54,7 @@ def start_replicas(
     tokenizer: Tokenizer | None,
     hosts: Hosts | None,
     progress: bool,
+    timed: bool = False,
 ) -> tuple[Replica, ...]:
     """`dp` replicas on devices of their own; arguments and errors as of `start_replica`.
 
@@ -58,7 +71,7 @@ def start_replicas(
         # Each its own seeds, or the same prompt would be answered alike by all.
         config = engine if engine.seed is None else dataclasses.replace(engine, seed=engine.seed + i)
         own = devices[i * each : (i + 1) * each]
-        replicas.append(start_replica(path, model, config, tokenizer, own, hosts, progress))
+        replicas.append(start_replica(path, model, config, tokenizer, own, hosts, progress, timed))
     return tuple(replicas)
 
 
@@ -70,6 +83,7 @@ def start_replica(
     devices: Sequence[Any],
     hosts: Hosts | None,
     progress: bool,
+    timed: bool = False,
 ) -> Replica:
     """Loads weights, sizes the cache, compiles the programs.
 
@@ -81,6 +95,7 @@ def start_replica(
       devices: of this replica, in all its processes.
       hosts: its processes, if there are several.
       progress: shows bars.
+      timed: the programs' times are wanted even if `engine` promises none.
 
     Raises:
       ConfigError, WeightsError: as `LLM`.
@@ -91,7 +106,10 @@ def start_replica(
     if hosts is not None:
         cache = dataclasses.replace(cache, num_blocks=hosts.minimum(cache.num_blocks))
     runner = Runner(model, params, engine, cache, meshes, progress)
-    return Replica(build_engine(model, engine, cache, runner, tokenizer, hosts), runner, cache)
+    table, is_leader = None, hosts is None or hosts.is_leader
+    if is_leader and (timed or engine.tbt_slo_ms is not None or engine.ttft_slo_ms is not None):
+        table = latency_table(model, engine, cache, runner, hosts, progress)
+    return Replica(build_engine(model, engine, cache, runner, tokenizer, hosts, table), runner, cache, table)
 
 
 def _agree(hosts: Hosts, model: ModelConfig, engine: EngineConfig) -> None:
@@ -109,23 +127,40 @@ def build_engine(
     runner: Runner,
     tokenizer: Tokenizer | None,
     hosts: Hosts | None = None,
+    table: LatencyTable | None = None,
 ) -> Engine:
-    """Joins scheduler, executor and engine around a runner, and connects its devices where there are several."""
-    scheduler = SarathiScheduler(
-        BlockPool(cache.num_blocks),
-        block_size=cache.block_size,
-        buckets=engine.buckets,
-        max_num_seqs=engine.max_num_seqs,
-        window=model.cache_window,
-        max_model_len=cache.max_model_len,
-        num_stages=engine.pp,
-    )
+    """Joins scheduler, executor and engine around a runner, and connects its devices where there are several.
+
+    Args:
+      table: measured step times, to keep the times that requests are promised; None: none are.
+    """
+    times = None if table is None else StepTimes(table)
+    scheduler = _scheduler(model, engine, cache, times)
     sequences = {}
     sampling = SamplingTable(engine.max_running, model.vocab_size)
     executor = DeviceExecutor(runner, sampling, sequences, scheduler.table, hosts)
     if engine.tp * engine.pp > 1 and (hosts is None or hosts.is_leader):
         executor.warm_up()
-    return Engine(model, engine, cache, scheduler, executor, sequences, tokenizer)
+    built = Engine(model, engine, cache, scheduler, executor, sequences, tokenizer)
+    if times is not None:
+        built.observe(DriftObserver(times))
+    return built
+
+
+def _scheduler(model: ModelConfig, engine: EngineConfig, cache: CacheConfig, times: StepTimes | None) -> Scheduler:
+    sizes: Sizes = {
+        "block_size": cache.block_size,
+        "buckets": engine.buckets,
+        "max_num_seqs": engine.max_num_seqs,
+        "window": model.cache_window,
+        "max_model_len": cache.max_model_len,
+        "num_stages": engine.pp,
+    }
+    pool = BlockPool(cache.num_blocks)
+    if engine.policy == "vllm":
+        return VllmScheduler(pool, **sizes)
+    chooser = None if times is None else KeepPace(times, engine.buckets, engine.pp)
+    return SarathiScheduler(pool, chooser=chooser, **sizes)
 
 
 def _load(
@@ -165,6 +200,11 @@ class Replicas:
         engine = self._owners.get(request_id) or min(self._engines, key=lambda engine: engine.num_requests)
         engine.add_request(request_id, prompt_token_ids, params, **more)
         self._owners[request_id] = engine
+
+    def observe(self, observer: Observer) -> None:
+        """As `Engine.observe`, for all of them."""
+        for engine in self._engines:
+            engine.observe(observer)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """As `Engine.abort`."""

@@ -33,7 +33,15 @@ ROWS = (
         "sarathi_jax.sizing",
     ),
     ("sarathi_jax.telemetry", "sarathi_jax.tokenizer", "sarathi_jax.output"),
-    ("sarathi_jax.executor", "sarathi_jax.clock", "sarathi_jax.engine", "sarathi_jax.replica", "sarathi_jax.llm"),
+    (
+        "sarathi_jax.executor",
+        "sarathi_jax.clock",
+        "sarathi_jax.timing",
+        "sarathi_jax.intake",
+        "sarathi_jax.engine",
+        "sarathi_jax.replica",
+        "sarathi_jax.llm",
+    ),
     ("sarathi_jax.training",),
     (
         "sarathi_jax.jobs",

@@ -14,7 +14,8 @@ from collections.abc import Sequence as Seq
 from typing import NotRequired, TypedDict
 
 from sarathi_jax.kv.blocks import BlockError, BlockPool, BlockTable
-from sarathi_jax.scheduling.plan import Chunk, StepPlan, TokenBudget
+from sarathi_jax.latency import Backlog
+from sarathi_jax.scheduling.plan import Chunk, SchedulerState, StepPlan, TokenBudget
 from sarathi_jax.sequence import Sequence, Status
 
 RANK = operator.attrgetter("rank")
@@ -143,6 +144,17 @@ class Scheduler(abc.ABC):
         """Whether steps are kept as short as the running requests were promised (`Request.pace_s`)."""
         return False
 
+    @property
+    def state(self) -> SchedulerState:
+        """What it has in hand. O(sequences)."""
+        return SchedulerState(
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            num_blocks=self._pool.num_total,
+            num_free_blocks=self._pool.num_free,
+            backlog=self._backlog(),
+        )
+
     def add(self, seq: Sequence) -> None:
         """Queues a new sequence.
 
@@ -171,6 +183,20 @@ class Scheduler(abc.ABC):
             seq.row = None
         else:
             _discard(self._waiting, seq)
+
+    def _backlog(self) -> Backlog:
+        decodes = [seq for seq in self._running if seq.is_decode]
+        paces = [seq.request.pace_s for seq in self._running if seq.request.pace_s is not None]
+        left = [seq.num_prompt + seq.request.max_tokens - seq.num_tokens for seq in self._running]
+        return Backlog(
+            num_prefill_tokens=sum(seq.num_uncomputed for seq in (*self._running, *self._waiting) if not seq.is_decode),
+            num_decodes=len(decodes),
+            num_decode_keys=sum(seq.num_computed for seq in decodes),
+            num_free_rows=self._max_running - self.num_running,
+            num_waiting=self.num_waiting,
+            steps_to_free_row=min(left, default=0),
+            pace_s=min(paces, default=None),
+        )
 
     # For the policies.
 

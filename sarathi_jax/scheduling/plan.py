@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from sarathi_jax.latency import Backlog, StepTimes, chunk_keys
+
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
@@ -43,6 +45,36 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         return sum(chunk.length for chunk in self.chunks)
+
+    @property
+    def num_decode_keys(self) -> int:
+        """Keys that the decodes read, their own included."""
+        return sum(chunk.start + 1 for chunk in self.chunks[: self.num_decodes])
+
+    @property
+    def num_prefill_keys(self) -> int:
+        """Keys that the other chunks' tokens read, summed over the tokens."""
+        return sum(chunk_keys(chunk.start, chunk.length) for chunk in self.chunks[self.num_decodes :])
+
+
+@dataclasses.dataclass(frozen=True)
+class SchedulerState:
+    """What a scheduler has in hand.
+
+    Attributes:
+      num_running, num_waiting: sequences.
+      num_blocks, num_free_blocks: of the KV cache.
+      backlog: what a new request would find before it.
+      num_prefix_queries, num_prefix_hits: prompt tokens looked up in the prefix cache since the start, and found there.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_free_blocks: int
+    backlog: Backlog
+    num_prefix_queries: int = 0
+    num_prefix_hits: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,3 +175,39 @@ class FillToEdge:
             return higher
         lower = self.buckets[index - 1]
         return lower if 2 * (lower - num_decodes) >= num_prefill_tokens else higher
+
+
+class KeepPace:
+    """Chooses the largest bucket whose time keeps what the tightest running request was promised (`Demand.pace_s`).
+
+    The paper sets its budget once, by hand, from a profile (section 4.3), and leaves a dynamic one to future work. Here
+    steps are programs of fixed shape with known times, so it is chosen anew for every step. Where not even the decodes
+    alone are quick enough, no prompt enters.
+
+    Args:
+      times: of the programs.
+      buckets: compiled step sizes, ascending.
+      num_stages: pp; a token comes round after as many steps.
+    """
+
+    def __init__(self, times: StepTimes, buckets: tuple[int, ...], num_stages: int = 1):
+        self._times = times
+        self._buckets = buckets
+        self._num_stages = num_stages
+        self._fill = [FillToEdge(buckets[: i + 1]) for i in range(len(buckets))]
+
+    def __call__(self, demand: Demand) -> int:
+        if demand.pace_s is None or not demand.num_decodes:
+            return self._fill[-1](demand)
+        for i in reversed(range(len(self._buckets))):
+            if self._buckets[i] > demand.num_decodes and self._fits(self._buckets[i], demand, demand.pace_s):
+                return self._fill[i](demand)
+        return demand.num_decodes
+
+    def _fits(self, bucket: int, demand: Demand, pace_s: float) -> bool:
+        left, num_keys = bucket - demand.num_decodes, 0
+        for start, num_tokens in demand.prefills:
+            length = min(left, num_tokens)
+            num_keys += chunk_keys(start, length)
+            left -= length
+        return self._num_stages * self._times.bound_s(bucket, demand.num_decode_keys, num_keys) <= pace_s

@@ -10,7 +10,7 @@ from typing import Unpack
 
 from sarathi_jax.kv.blocks import BlockPool
 from sarathi_jax.scheduling.base import Scheduler, Sizes, decodes_first
-from sarathi_jax.scheduling.plan import Chooser, Chunk, Demand, FillToEdge, StepPlan, TokenBudget
+from sarathi_jax.scheduling.plan import Chooser, Chunk, Demand, FillToEdge, KeepPace, StepPlan, TokenBudget
 from sarathi_jax.sequence import Sequence
 
 SMALLEST_SHARE = 64  # tokens of prompts that a micro-batch takes before it leaves some to the next ones
@@ -34,6 +34,10 @@ class SarathiScheduler(Scheduler):
         self._away: collections.deque[frozenset[int]] = collections.deque(maxlen=self._num_stages - 1)
         # Token limit of the micro-batches in flight, and how many may still follow before it is chosen again.
         self._limit, self._num_following = 0, 0
+
+    @property
+    def keeps_pace(self) -> bool:
+        return isinstance(self._chooser, KeepPace)
 
     def schedule(self) -> StepPlan | None:
         live = self._live()
