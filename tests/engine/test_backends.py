@@ -5,7 +5,7 @@ import functools
 import pytest
 
 from pallas_kernels.ragged_paged_attention import BACKENDS, ragged_paged_attention
-from sarathi_jax import runner
+from sarathi_jax import runner, step_program
 from sarathi_jax.llm import LLM
 from sarathi_jax.request import SamplingParams
 
@@ -39,7 +39,7 @@ def test_same_tokens_as_xla(backend, monkeypatch):
     dtype = (BACKENDS[backend].dtypes or ("float32",))[0]
     wanted = expected(dtype)
     monkeypatch.setattr(runner, "check_platform", lambda backend, platform: None)
-    monkeypatch.setattr(runner, "ragged_paged_attention", functools.partial(ragged_paged_attention, interpret=True))
+    monkeypatch.setattr(step_program, "ragged_paged_attention", functools.partial(ragged_paged_attention, interpret=True))
     assert serve(backend, dtype) == wanted
 
 
