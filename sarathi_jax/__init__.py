@@ -6,7 +6,7 @@
 from typing import TYPE_CHECKING, Any
 
 from sarathi_jax.config import ConfigError, EngineConfig, ModelConfig
-from sarathi_jax.request import Logprob, RequestError, RequestOutput, SamplingParams
+from sarathi_jax.request import Logprob, RequestError, RequestOutput, SamplingParams, StructuredOutputsParams
 
 if TYPE_CHECKING:
     from sarathi_jax.llm import LLM, Score
@@ -21,6 +21,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "Score",
+    "StructuredOutputsParams",
 ]
 
 

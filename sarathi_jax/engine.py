@@ -11,10 +11,11 @@ from sarathi_jax.config import CacheConfig, EngineConfig, ModelConfig
 from sarathi_jax.executor import Executor
 from sarathi_jax.intake import Intake
 from sarathi_jax.output import RequestRecord
-from sarathi_jax.request import RequestError, RequestOutput, SamplingParams
+from sarathi_jax.request import RequestError, RequestOutput, SamplingParams, StructuredOutputsParams
 from sarathi_jax.scheduling.base import Scheduler
 from sarathi_jax.scheduling.plan import StepPlan, StepResult
 from sarathi_jax.sequence import Sequence, Status
+from sarathi_jax.structured import Grammars, Matcher
 from sarathi_jax.telemetry.steps import Observer, StepRecord
 from sarathi_jax.tokenizer import Tokenizer
 
@@ -66,6 +67,11 @@ class Engine:
         self._tokenizer = tokenizer
         self._clock = clock or WallClock()
         self._intake = Intake(model, config, cache, scheduler, tokenizer is not None, self._clock)
+        # Grammars speak of text and of its end.
+        self._grammars = None
+        if tokenizer is not None and model.eos_token_ids:
+            self._grammars = Grammars(tokenizer, model.vocab_size, model.eos_token_ids)
+        self._matchers: dict[int, Matcher] = {}
         self._observers: list[Observer] = []
         self._records: dict[str, RequestRecord] = {}
         self._in_flight: collections.deque[_Step] = collections.deque()
@@ -112,12 +118,26 @@ class Engine:
         if request_id in self._records:
             raise RequestError(f"request_id={request_id!r} is in use: choose another")
         request = self._intake.accept(request_id, prompt_token_ids, params, prompt, streams, priority, slo_ms)
+        matchers = self._new_matchers(params)
         sequences = [Sequence(self._num_sequences + i, request, i) for i in range(params.n)]
         self._num_sequences += params.n
         self._records[request_id] = RequestRecord(request, self._tokenizer)
-        for seq in sequences:
+        for seq, matcher in zip(sequences, matchers, strict=True):
+            if matcher is not None:
+                self._matchers[seq.seq_id] = matcher
+                seq.allowed = matcher.allowed
             self._sequences[seq.seq_id] = seq
             self._scheduler.add(seq)
+
+    def compile_grammar(self, asked: StructuredOutputsParams) -> None:
+        """Compiles a grammar ahead, so that `add_request` need not: for callers whose steps shall not wait for it.
+
+        Any thread may call this. The last few grammars are kept.
+
+        Raises:
+          RequestError: the grammar cannot be served, with llguidance's reason.
+        """
+        self._open_grammars().compile(asked)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Ends a request at once and frees its blocks; None if there is no such request."""
@@ -175,7 +195,11 @@ class Engine:
                         tbts_s.append(now_s - sample.token_s[-1])
                     elif not record.has_begun:
                         ttfts_s.append(now_s - seq.request.arrival_s)
-                    reason = sample.add(drawn[row], now_s)
+                    matcher = self._matchers.get(seq.seq_id)
+                    is_complete = matcher is not None and matcher.advance(drawn[row])
+                    reason = sample.add(drawn[row], now_s, is_complete)
+                    if reason is None and matcher is not None and matcher.error is not None:
+                        reason = sample.end("abort", f"structured_outputs: {matcher.error}")
                     if reason is not None:
                         self._end(seq, reason)
             first += chunk.length
@@ -192,6 +216,22 @@ class Engine:
         self._scheduler.remove(seq)
         seq.finish(reason)
         del self._sequences[seq.seq_id]
+        self._matchers.pop(seq.seq_id, None)
+
+    def _new_matchers(self, params: SamplingParams) -> list[Matcher | None]:
+        """One for each sample; None where any text is allowed."""
+        asked = params.structured_outputs
+        if asked is None:
+            return [None] * params.n
+        grammars = self._open_grammars()
+        return [grammars.matcher(asked) for _ in range(params.n)]
+
+    def _open_grammars(self) -> Grammars:
+        if self._grammars is None:
+            raise RequestError(
+                "structured_outputs need a tokenizer and an end-of-text token, and this model lacks one of them"
+            )
+        return self._grammars
 
     def _report(self, record: RequestRecord) -> RequestOutput:
         if record.finished:

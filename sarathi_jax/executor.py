@@ -107,6 +107,8 @@ class DeviceExecutor:
             if self._row_owners.get(seq.row) != seq.seq_id:
                 self._row_owners[seq.row] = seq.seq_id
                 self._sampling.set_row(seq.row, seq)
+            if chunk.samples and seq.allowed is not None:
+                self._sampling.set_mask(seq.row, seq.allowed)
         wanted = Wanted(
             num_chunks=len(plan.chunks),
             logprobs=any(p.logprobs is not None for p in params),

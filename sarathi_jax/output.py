@@ -76,8 +76,14 @@ class SampleRecord:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
 
-    def add(self, token: int, now_s: float) -> FinishReason | None:
-        """Adds a drawn token and decides whether the sample ends with it."""
+    def add(self, token: int, now_s: float, is_complete: bool = False) -> FinishReason | None:
+        """Adds a drawn token and decides whether the sample ends with it.
+
+        Args:
+          token: drawn.
+          now_s: when it became known.
+          is_complete: with it the text is all that the request's grammar allows.
+        """
         request = self.request
         self.token_ids.append(token)
         self.token_s.append(now_s)
@@ -89,6 +95,8 @@ class SampleRecord:
         self.text.push(token, num_output)
         if self.text.stopped_by is not None:
             return self.end("stop", self.text.stopped_by)
+        if is_complete:
+            return self.end("stop", None)
         if num_output >= request.max_tokens:
             return self.end("length", None)
         return None

@@ -17,7 +17,7 @@ from sarathi_jax.latency import LatencyTable, StepTimes
 from sarathi_jax.parallel import TensorSplit, make_meshes, split_layers
 from sarathi_jax.parallel.hosts import Hosts
 from sarathi_jax.parallel.pipeline import is_local
-from sarathi_jax.request import RequestOutput, SamplingParams
+from sarathi_jax.request import RequestOutput, SamplingParams, StructuredOutputsParams
 from sarathi_jax.runner import Runner
 from sarathi_jax.sampling import SamplingTable
 from sarathi_jax.scheduling.base import Scheduler, Sizes
@@ -205,6 +205,11 @@ class Replicas:
         """As `Engine.observe`, for all of them."""
         for engine in self._engines:
             engine.observe(observer)
+
+    def compile_grammar(self, asked: StructuredOutputsParams) -> None:
+        """As `Engine.compile_grammar`."""
+        for engine in self._engines:
+            engine.compile_grammar(asked)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """As `Engine.abort`."""

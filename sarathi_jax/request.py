@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -12,6 +13,7 @@ MAX_LOGPROBS = 20
 MAX_STOP_TOKEN_IDS = 32
 MAX_LOGIT_BIAS = 300
 MAX_SEED = 2**32 - 1
+MAX_GRAMMAR_LENGTH = 100_000
 
 
 class RequestError(ValueError):
@@ -23,11 +25,14 @@ class StructuredOutputsParams:
     """What the text must look like, enforced token by token; exactly one of the fields. The names are vLLM's.
 
     Attributes:
-      json: a JSON schema, as a mapping or as text.
+      json: a JSON schema, as a mapping or as text; kept as text.
       json_object: any JSON object.
       regex: a regular expression that the whole text matches.
       choice: one of these strings.
       grammar: a context-free grammar in the Lark format of llguidance.
+
+    Raises:
+      RequestError: none or several fields, or one of a wrong type or longer than `MAX_GRAMMAR_LENGTH` characters.
     """
 
     json: str | Mapping[str, Any] | None = None
@@ -35,6 +40,44 @@ class StructuredOutputsParams:
     regex: str | None = None
     choice: Sequence[str] | None = None
     grammar: str | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.json_object, bool):
+            raise RequestError(f"structured_outputs.json_object={self.json_object!r} must be True or False")
+        names = [field.name for field in dataclasses.fields(self)]
+        given = [name for name in names if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            found = f"it has {', '.join(given)}" if given else "it has none"
+            raise RequestError(f"structured_outputs needs exactly one of {', '.join(names)}; {found}")
+        value = getattr(self, given[0])
+        match given[0]:
+            case "json":
+                # As text: hashable, and nobody can change it under way.
+                object.__setattr__(self, "json", _schema_text(value))
+            case "choice":
+                object.__setattr__(self, "choice", _choices(value))
+            case "regex" | "grammar" if not isinstance(value, str) or not value:
+                raise RequestError(f"structured_outputs.{given[0]}={value!r} must be a non-empty string")
+        length = len("".join(self.choice)) if self.choice else len(str(getattr(self, self.kind)))
+        if length > MAX_GRAMMAR_LENGTH:
+            raise RequestError(
+                f"structured_outputs.{self.kind} has {length} characters; at most {MAX_GRAMMAR_LENGTH} are served"
+            )
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "StructuredOutputsParams":
+        """Builds it from a mapping, such as a JSON object.
+
+        Raises:
+          RequestError: an unknown name, with the nearest known one, or a bad value.
+        """
+        _check_names(cls, fields, "field of structured_outputs")
+        return cls(**fields)
+
+    @property
+    def kind(self) -> str:
+        """The field that is set."""
+        return next(field.name for field in dataclasses.fields(self) if getattr(self, field.name) not in (None, False))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,6 +132,7 @@ class SamplingParams:
     structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self):
+        self._check_structured_outputs()
         # Frozen so that a request cannot change under way; normalised here so that every reader sees tuples.
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else _tuple("stop", self.stop))
         object.__setattr__(self, "stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids))
@@ -131,6 +175,17 @@ class SamplingParams:
         if self.stop and not self.detokenize:
             raise RequestError("stop strings need text: set detokenize=True or use stop_token_ids")
 
+    def _check_structured_outputs(self) -> None:
+        asked = self.structured_outputs
+        if isinstance(asked, Mapping):
+            object.__setattr__(self, "structured_outputs", StructuredOutputsParams.from_dict(asked))
+        elif not isinstance(asked, StructuredOutputsParams | None):
+            raise RequestError(f"structured_outputs={asked!r} must be a StructuredOutputsParams, a mapping or None")
+        # The grammar says where the text may end; with these it might not end there.
+        for name in ("ignore_eos", "min_tokens"):
+            if asked is not None and getattr(self, name):
+                raise RequestError(f"{name} cannot go with structured_outputs, which say where the text ends")
+
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "SamplingParams":
         """Builds parameters from a mapping, such as a JSON object.
@@ -138,12 +193,7 @@ class SamplingParams:
         Raises:
           RequestError: an unknown name, with the nearest known one, or a bad value.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in fields:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
-                raise RequestError(f"unknown sampling parameter {name!r}{hint}")
+        _check_names(cls, fields, "sampling parameter")
         return cls(**fields)
 
     @property
@@ -203,7 +253,8 @@ class CompletionOutput:
     Attributes:
       logprobs: for each token, the drawn token and the likeliest ones, likeliest first; None if not asked.
       finish_reason: ``stop`` (a stop token or string), ``length``, ``abort``; None while it runs.
-      stop_reason: the stop string or token id that was met; None for the model's own end of text.
+      stop_reason: the stop string or token id that was met; None for the model's own end of text, and where a
+        grammar was complete. With ``abort``, why a grammar could not be followed any further.
     """
 
     index: int
@@ -247,6 +298,37 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
+
+
+def _check_names(cls: type, names: Iterable[str], what: str) -> None:
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+            raise RequestError(f"unknown {what} {name!r}{hint}")
+
+
+def _schema_text(value: Any) -> str:
+    """A JSON schema as the text of a JSON object."""
+    try:
+        schema = json.loads(value) if isinstance(value, str) else value
+        if not isinstance(schema, Mapping):
+            raise RequestError(f"structured_outputs.json must be a schema that is an object, not {schema!r}")
+        if "x-guidance" in schema:
+            raise RequestError("structured_outputs.json: x-guidance is not served; leave it out")
+        return json.dumps(dict(schema), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, RequestError):
+            raise
+        raise RequestError(f"structured_outputs.json is no JSON: {error}") from None
+
+
+def _choices(value: Any) -> tuple[str, ...]:
+    choices = () if isinstance(value, str) else _tuple("structured_outputs.choice", value)
+    if not choices or not all(isinstance(choice, str) and choice for choice in choices):
+        raise RequestError(f"structured_outputs.choice={value!r} must be a list of non-empty strings")
+    return choices
 
 
 def _tuple(name: str, value: Any) -> tuple[Any, ...]:

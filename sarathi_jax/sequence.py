@@ -2,6 +2,8 @@
 
 import enum
 
+import numpy as np
+
 from sarathi_jax.request import FinishReason, Request
 
 
@@ -28,6 +30,7 @@ class Sequence:
       num_in_flight: tokens drawn on the device and not committed here yet (0 or 1).
       row: the device row that holds this sequence's newest token while it runs; None while it waits.
       num_preemptions: how often its blocks were taken away.
+      allowed: i32[ceil(V / 32)], a bit for each token that may follow those known here; None: any may.
     """
 
     def __init__(self, seq_id: int, request: Request, index: int = 0):
@@ -40,6 +43,7 @@ class Sequence:
         self.num_in_flight = 0
         self.row: int | None = None
         self.num_preemptions = 0
+        self.allowed: np.ndarray | None = None
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
 

@@ -123,7 +123,7 @@ class StepProgram:
             None if self.history_shape is None else jax.ShapeDtypeStruct(self.history_shape, jnp.int32),
             None if stage.is_first else jax.ShapeDtypeStruct((hidden_size,), jnp.float32),
             jax.ShapeDtypeStruct((layout.size,), jnp.int32),
-            sampling_shapes(self._num_rows) if stage.is_last else None,
+            sampling_shapes(self._num_rows, self._model.vocab_size) if stage.is_last else None,
         )
         if mesh is None:
             return jax.jit(step, donate_argnums=(1, 2)).trace(*arguments)

@@ -32,7 +32,7 @@ ROWS = (
         "sarathi_jax.runner",
         "sarathi_jax.sizing",
     ),
-    ("sarathi_jax.telemetry", "sarathi_jax.tokenizer", "sarathi_jax.output"),
+    ("sarathi_jax.telemetry", "sarathi_jax.tokenizer", "sarathi_jax.structured", "sarathi_jax.output"),
     (
         "sarathi_jax.executor",
         "sarathi_jax.clock",

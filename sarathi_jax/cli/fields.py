@@ -3,6 +3,7 @@
 import collections.abc
 import dataclasses
 import inspect
+import json
 import re
 import shutil
 import textwrap
@@ -61,6 +62,19 @@ class _BiasTable(flags.ArgumentParser):
             return {int(token): float(bias) for token, bias in pairs}
         except ValueError:
             raise ValueError(f"{argument!r} is not a list like 5:-100,17:2.5") from None
+
+
+class _JsonObject(flags.ArgumentParser):
+    syntactic_help = "a JSON object"
+
+    def parse(self, argument: Any) -> dict[str, Any]:
+        try:
+            value = json.loads(argument) if isinstance(argument, str) else argument
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{argument!r} is not JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise ValueError(f"{argument!r} is not a JSON object")
+        return value
 
 
 def define_fields(
@@ -150,6 +164,8 @@ def _metavar(flag: flags.Flag) -> str:
             return "INT,INT"
         case _BiasTable():
             return "ID:BIAS,ID:BIAS"
+        case _JsonObject():
+            return "JSON"
         case _Path():
             return "PATH"
         case flags.EnumParser():
@@ -187,6 +203,8 @@ def _define(values: flags.FlagValues, name: str, hint: Any, default: Any, text: 
         parser = flags.EnumParser(list(typing.get_args(kind)))
     elif origin is collections.abc.Mapping:
         parser = _BiasTable()
+    elif dataclasses.is_dataclass(kind):
+        parser = _JsonObject()
     elif is_list:
         parser = _IntList()
     else:

@@ -15,6 +15,11 @@ A model over several devices, or several machines, where the same command is sta
   PROGRAM generate --model ~/models/llama2-70b --tp 4 --pp 2 --prompt "The capital of France is"
   PROGRAM generate --deployment falcon-180b-2x4xa100 --host_id 0 --coordinator FIRST_MACHINE:1234 --prompt ...
 
+A text of a given form: a JSON schema, a regular expression, one of some words, a grammar:
+  PROGRAM generate --prompt "Her name and age:" --structured_outputs '{"json": {"type": "object", "properties":
+    {"name": {"type": "string", "maxLength": 20}, "age": {"type": "integer", "minimum": 0, "maximum": 120}}}}'
+  PROGRAM generate --prompt "Was she happy?" --structured_outputs '{"choice": [" yes", " no"]}'
+
 A batch job. Each input line is a JSON object such as
   {"id": "a", "prompt": "The old house", "sampling_params": {"max_tokens": 20}}
 with `prompt`, `prompt_token_ids` or `messages` (a chat); `id` and `sampling_params` may be left out. Each line is
@@ -47,7 +52,11 @@ SUMMARY = "writes what comes after a prompt, or answers a file of prompts"
 Prompt = str | list[int]
 _DEFAULTS = {"max_tokens": 128}
 _NOT_OF_THE_ENGINE = ("seed", "dtype")  # --seed is the request's; --dtype knows one word more
-_TEXTS = {"include_stop_str_in_output": "the stop string that ended the text is part of it."}
+_TEXTS = {
+    "include_stop_str_in_output": "the stop string that ended the text is part of it.",
+    "structured_outputs": "what the text must look like: a JSON object with one of json (a JSON schema), regex, choice "
+    "(a list of strings), grammar (Lark) and json_object (true).",
+}
 
 
 def define(values: flags.FlagValues) -> None:

@@ -46,10 +46,11 @@ def sample(
 ) -> Drawn:
     """Draws one token for each row of logits.
 
-    The order is vLLM's: logit bias and the ban of stop tokens below `min_tokens`; repetition penalty (prompt and
-    output), then frequency and presence penalties (output only); greedy rows take the argmax here; the others divide by
-    the temperature and apply min-p, top-k, top-p, in this order (Hugging Face applies min-p last), and draw.
-    Log-probabilities are of the raw logits, before all of this.
+    The order is vLLM's, but for the mask, which comes last of what changes logits: logit bias and the ban of stop
+    tokens below `min_tokens`; repetition penalty (prompt and output), then frequency and presence penalties (output
+    only); the mask of a grammar, so that nothing brings back a token that it excludes; greedy rows take the argmax
+    here; the others divide by the temperature and apply min-p, top-k, top-p, in this order (Hugging Face applies min-p
+    last), and draw. Log-probabilities are of the raw logits, before all of this.
 
     A draw depends on the request's seed, the sample's index, the position and the row's logits, on nothing else:
     neither on the other rows nor on their number. Steps that need nothing of a part do not run it. Whatever the logits,
@@ -67,19 +68,22 @@ def sample(
       The tokens, and the log-probabilities that active rows want.
     """
     logits = logits.astype(jnp.float32)
-    temperature, biased, banned, penalised = _needs(rows, positions, params, active)
+    temperature, biased, banned, penalised, masked = _needs(rows, positions, params, active)
 
     def adjust():
         scores = _ban(_bias(logits, rows, biased, params), rows, banned, params)
-        return lax.cond(
+        scores = lax.cond(
             jnp.any(penalised),
             lambda scores: _penalise(scores, rows, jnp.where(penalised, positions, 0), history, params),
             lambda scores: scores,
             scores,
         )
+        return lax.cond(
+            jnp.any(masked), lambda scores: _exclude(scores, rows, masked, params), lambda scores: scores, scores
+        )
 
     def adjust_and_draw():
-        scores = lax.cond(jnp.any(biased | banned | penalised), adjust, lambda: logits)
+        scores = lax.cond(jnp.any(biased | banned | penalised | masked), adjust, lambda: logits)
         greedy = first_argmax(scores)
         drawn = lax.cond(
             jnp.any(temperature > 0),
@@ -90,7 +94,9 @@ def sample(
 
     # The greedy step without adjustments is a branch of its own, so that it never copies the logits.
     tokens = lax.cond(
-        jnp.any((temperature > 0) | biased | banned | penalised), adjust_and_draw, lambda: first_argmax(logits)
+        jnp.any((temperature > 0) | biased | banned | penalised | masked),
+        adjust_and_draw,
+        lambda: first_argmax(logits),
     )
     num_wanted = jnp.where(active, params.wants_logprobs[rows], -1)
     return Drawn(tokens, *token_logprobs(logits, tokens, num_wanted))
@@ -98,15 +104,15 @@ def sample(
 
 def is_argmax(rows: jax.Array, positions: jax.Array, params: SamplingParamsArrays, active: jax.Array) -> jax.Array:
     """Whether the likeliest tokens are all that the rows ask for: bool scalar. Arguments as of `sample`."""
-    temperature, biased, banned, penalised = _needs(rows, positions, params, active)
+    temperature, biased, banned, penalised, masked = _needs(rows, positions, params, active)
     wants_logprobs = active & (params.wants_logprobs[rows] >= 0)
-    return ~jnp.any((temperature > 0) | biased | banned | penalised | wants_logprobs)
+    return ~jnp.any((temperature > 0) | biased | banned | penalised | masked | wants_logprobs)
 
 
 def _needs(
     rows: jax.Array, positions: jax.Array, params: SamplingParamsArrays, active: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Of each row: its temperature (0: greedy), whether it has a bias, a ban, a penalty."""
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Of each row: its temperature (0: greedy), whether it has a bias, a ban, a penalty, a mask."""
     temperature = jnp.where(active, params.temperature[rows], 0)
     biased = active & (params.bias_ids[rows, 0] >= 0)
     banned = active & (positions - params.num_prompt[rows] < params.min_tokens[rows])
@@ -115,7 +121,7 @@ def _needs(
         | (params.presence_penalty[rows] != 0)
         | (params.frequency_penalty[rows] != 0)
     )
-    return temperature, biased, banned, penalised
+    return temperature, biased, banned, penalised, active & (params.is_masked[rows] != 0)
 
 
 def _bias(scores: jax.Array, rows: jax.Array, biased: jax.Array, params: SamplingParamsArrays) -> jax.Array:
@@ -128,6 +134,15 @@ def _ban(scores: jax.Array, rows: jax.Array, banned: jax.Array, params: Sampling
     """Makes the stop tokens of rows below their `min_tokens` impossible."""
     ids = _droppable(params.stop_ids[rows], banned, scores.shape[1])
     return scores.at[jnp.arange(len(rows))[:, None], ids].set(-jnp.inf, mode="drop")
+
+
+def _exclude(scores: jax.Array, rows: jax.Array, masked: jax.Array, params: SamplingParamsArrays) -> jax.Array:
+    """Makes the tokens impossible that masked rows do not allow. Those that they do allow stay finite, so that one of
+    them is drawn whatever the logits."""
+    bits = params.allowed[rows][:, :, None] >> jnp.arange(32) & 1
+    allowed = bits.reshape(len(rows), -1)[:, : scores.shape[1]] != 0
+    within = jnp.where(allowed, jnp.maximum(scores, jnp.finfo(jnp.float32).min), -jnp.inf)
+    return jnp.where(masked[:, None], within, scores)
 
 
 def _droppable(ids: jax.Array, used: jax.Array, vocab_size: int) -> jax.Array:

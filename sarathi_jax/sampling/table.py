@@ -21,7 +21,7 @@ _SMALLEST, _LARGEST = 1e-30, 1e30
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingParamsArrays:
-    """Device copy of the table; R rows. Fields mean what those of `SamplingParams` do.
+    """Device copy of the table; R rows, V tokens of the model. Fields mean what those of `SamplingParams` do.
 
     Attributes:
       temperature: f32[R]; 0 is greedy.
@@ -35,6 +35,8 @@ class SamplingParamsArrays:
       stop_ids: i32[R, MAX_BANNED_IDS]; never drawn while fewer than `min_tokens` are out; unused entries are -1.
       bias_ids, bias_values: i32, f32[R, MAX_LOGIT_BIAS]; used entries first, unused ids are -1.
       wants_logprobs, wants_prompt_logprobs: i32[R]; -1: none, else the length of the top list.
+      is_masked: i32[R]; 1 where only the tokens of `allowed` may be drawn.
+      allowed: i32[R, ceil(V / 32)]; a bit for each token, the lowest first.
     """
 
     temperature: jax.Array
@@ -53,9 +55,12 @@ class SamplingParamsArrays:
     bias_values: jax.Array
     wants_logprobs: jax.Array
     wants_prompt_logprobs: jax.Array
+    is_masked: jax.Array
+    allowed: jax.Array
 
 
-# What a row holds when nothing runs in it: greedy, and asking for nothing.
+# What a row holds when nothing runs in it: greedy, and asking for nothing. In `allowed`, one word for as many as the
+# vocabulary needs.
 _NEUTRAL: dict[str, Any] = {
     "temperature": np.float32(0),
     "top_k": np.int32(0),
@@ -73,6 +78,8 @@ _NEUTRAL: dict[str, Any] = {
     "bias_values": np.zeros(MAX_LOGIT_BIAS, np.float32),
     "wants_logprobs": np.int32(-1),
     "wants_prompt_logprobs": np.int32(-1),
+    "is_masked": np.int32(0),
+    "allowed": np.int32(-1),
 }
 
 
@@ -87,7 +94,8 @@ class SamplingTable:
     def __init__(self, num_rows: int, vocab_size: int):
         self.num_rows = num_rows
         self.vocab_size = vocab_size
-        self._fields = {name: np.repeat(np.asarray(value)[None], num_rows, 0) for name, value in _NEUTRAL.items()}
+        self._neutral = _neutral(vocab_size)
+        self._fields = {name: np.repeat(value[None], num_rows, 0) for name, value in self._neutral.items()}
         self._changed = set(self._fields)
 
     def set_row(self, row: int, sequence: Sequence) -> None:
@@ -95,13 +103,22 @@ class SamplingTable:
 
         Args:
           row: in [0, num_rows).
-          sequence: its request, sample index and prompt length are read.
+          sequence: its request, sample index and prompt length are read. Any token may be drawn, until `set_mask`.
         """
         self._write(row, _row_values(sequence, self.vocab_size))
 
+    def set_mask(self, row: int, allowed: np.ndarray) -> None:
+        """Lets only some tokens be drawn in a row.
+
+        Args:
+          row: in [0, num_rows).
+          allowed: i32[ceil(V / 32)], a bit for each token, the lowest first; copied.
+        """
+        self._write(row, {"is_masked": np.int32(1), "allowed": allowed})
+
     def clear_row(self, row: int) -> None:
         """Makes a row neutral; a row that no step names as active may also be left as it is."""
-        self._write(row, _NEUTRAL)
+        self._write(row, self._neutral)
 
     def changes(self) -> dict[str, np.ndarray]:
         """The fields of which a row changed since the last call, whole; at first, all. Copies, for a
@@ -146,14 +163,20 @@ class SamplingMirror:
         return self._arrays
 
 
-def sampling_shapes(num_rows: int) -> SamplingParamsArrays:
+def sampling_shapes(num_rows: int, vocab_size: int) -> SamplingParamsArrays:
     """The arrays of so many rows as shapes, for tracing."""
-    fields = {name: np.asarray(value) for name, value in _NEUTRAL.items()}
+    fields = _neutral(vocab_size)
     return jax.eval_shape(
         lambda: SamplingParamsArrays(
             **{name: jnp.zeros((num_rows, *value.shape), value.dtype) for name, value in fields.items()}
         )
     )
+
+
+def _neutral(vocab_size: int) -> dict[str, np.ndarray]:
+    """The values of a row in which nothing runs."""
+    values = {name: np.asarray(value) for name, value in _NEUTRAL.items()}
+    return values | {"allowed": np.full(-(-vocab_size // 32), _NEUTRAL["allowed"])}
 
 
 def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
@@ -171,7 +194,7 @@ def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
 def _row_values(sequence: Sequence, vocab_size: int) -> dict[str, Any]:
     request, params = sequence.request, sequence.request.params
     penalised = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1, 0, 0)
-    values = dict(_NEUTRAL)
+    values = {name: value for name, value in _NEUTRAL.items() if name != "allowed"}  # which no flag refers to now
     values["wants_logprobs"] = -1 if params.logprobs is None else params.logprobs
     values["wants_prompt_logprobs"] = -1 if params.prompt_logprobs is None else params.prompt_logprobs
     if not params.is_greedy:
