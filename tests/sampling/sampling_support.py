@@ -28,11 +28,24 @@ class Case:
     seed: int = 0
     index: int = 0
     stop_token_ids: frozenset[int] = frozenset()
+    allowed: frozenset[int] | None = None  # of a grammar
+
+    def fill(self, table: SamplingTable, row: int) -> None:
+        """Writes it to a row of the table."""
+        table.set_row(row, self.sequence)
+        if self.allowed is not None:
+            table.set_mask(row, mask_of(self.allowed, len(self.logits)))
 
     @property
     def sequence(self) -> Sequence:
         request = Request("r", self.prompt, self.params, 1 << 20, self.seed, self.stop_token_ids, 0.0)
         return Sequence(0, request, self.index)
+
+
+def mask_of(allowed: frozenset[int], vocab_size: int) -> np.ndarray:
+    """i32[ceil(V / 32)], a bit for each token, the lowest first."""
+    bits = np.isin(np.arange(-(-vocab_size // 32) * 32), list(allowed))
+    return np.packbits(bits, bitorder="little").view(np.int32)
 
 
 def on_device(table: SamplingTable) -> SamplingParamsArrays:
@@ -53,7 +66,7 @@ def draw(cases: list[Case], rows: list[int] | None = None, size: int = 8) -> Dra
     logits = np.full((size, vocab_size), np.nan, np.float32)
     positions = np.full(size, 5, np.int32)
     for i, (row, case) in enumerate(zip(rows, cases, strict=True)):
-        table.set_row(row, case.sequence)
+        case.fill(table, row)
         known = case.prompt + case.output
         history[row] = np.argmax(case.logits)  # the token whose penalty would show most
         history[row, : len(known)] = known
@@ -89,14 +102,14 @@ def _many():
 def draw_at_many_positions(case: Case, num_positions: int) -> np.ndarray:
     """The tokens that one sequence draws from the same logits at positions 1, 2, ...: i32[num_positions]."""
     table = SamplingTable(1, len(case.logits))
-    table.set_row(0, case.sequence)
+    case.fill(table, 0)
     positions = jnp.arange(1, num_positions + 1, dtype=jnp.int32)
     history = jnp.zeros((1, 1), jnp.int32)
     return np.asarray(_many()(jnp.asarray(case.logits, jnp.float32), positions, history, on_device(table)))
 
 
 def reference_scores(case: Case) -> np.ndarray:
-    """f64[V]: the logits after bias, ban and penalties, in the plainest form."""
+    """f64[V]: the logits after bias, ban, penalties and mask, in the plainest form."""
     params = case.params
     scores = case.logits.astype(np.float64).copy()
     for token, bias in params.logit_bias.items():
@@ -109,6 +122,8 @@ def reference_scores(case: Case) -> np.ndarray:
         scores[token] = scores[token] / factor if scores[token] > 0 else scores[token] * factor
     for token in set(case.output):
         scores[token] -= params.frequency_penalty * case.output.count(token) + params.presence_penalty
+    if case.allowed is not None:
+        scores[[token for token in range(len(scores)) if token not in case.allowed]] = -np.inf
     return scores
 
 
