@@ -179,7 +179,7 @@ class Engine:
         """Hands a step's tokens to their sequences; those that ended meanwhile are passed over."""
         assert step.plan is not None
         now_s, touched, first = self._clock.now_s(), {}, 0
-        drawn, request_ids, ttfts_s, tbts_s = result.tokens.tolist(), [], [], []
+        drawn, num_drawn, request_ids, ttfts_s, tbts_s = result.tokens.tolist(), 0, [], [], []
         for row, chunk in enumerate(step.plan.chunks):
             seq = self._sequences.get(chunk.seq_id)
             request_ids.append("" if seq is None else seq.request.request_id)
@@ -187,6 +187,7 @@ class Engine:
                 record = self._record_of(seq)
                 record.add_prompt_logprobs(chunk.start, chunk.length, result, first)
                 if chunk.samples:
+                    num_drawn += 1
                     touched[seq.request.request_id] = record
                     seq.commit(drawn[row])
                     record.add_logprobs(seq.index, drawn[row], result, row)
@@ -207,7 +208,7 @@ class Engine:
         self._ended_s = now_s
         if self._observers:
             waits = tuple(ttfts_s), tuple(tbts_s)
-            told = StepRecord(step.plan, tuple(request_ids), *times, *waits, self._scheduler.state)
+            told = StepRecord(step.plan, tuple(request_ids), *times, num_drawn, *waits, self._scheduler.state)
             for observer in self._observers:
                 observer.on_step(told)
         return [self._report(record) for record in touched.values() if record.finished or record.request.streams]

@@ -13,7 +13,7 @@ from sarathi_jax.config import CacheConfig, ConfigError, EngineConfig, ModelConf
 from sarathi_jax.engine import Engine
 from sarathi_jax.executor import DeviceExecutor
 from sarathi_jax.kv.blocks import BlockPool
-from sarathi_jax.latency import LatencyTable, StepTimes
+from sarathi_jax.latency import StepTimes
 from sarathi_jax.parallel import TensorSplit, make_meshes, split_layers
 from sarathi_jax.parallel.hosts import Hosts
 from sarathi_jax.parallel.pipeline import is_local
@@ -26,7 +26,6 @@ from sarathi_jax.scheduling.sarathi import SarathiScheduler
 from sarathi_jax.scheduling.vllm import VllmScheduler
 from sarathi_jax.sizing import plan_cache
 from sarathi_jax.telemetry.drift import DriftObserver
-from sarathi_jax.telemetry.steps import Observer
 from sarathi_jax.timing import latency_table
 from sarathi_jax.tokenizer import Tokenizer
 from sarathi_jax.weights.checkpoint import load_parameters, random_parameters
@@ -38,13 +37,13 @@ class Replica:
     """An engine and what is below it.
 
     Attributes:
-      table: measured step times, where somebody wanted them.
+      times: expected times of steps, where somebody wanted them.
     """
 
     engine: Engine
     runner: Runner
     cache: CacheConfig
-    table: LatencyTable | None = None
+    times: StepTimes | None = None
 
 
 def start_replicas(
@@ -106,10 +105,10 @@ def start_replica(
     if hosts is not None:
         cache = dataclasses.replace(cache, num_blocks=hosts.minimum(cache.num_blocks))
     runner = Runner(model, params, engine, cache, meshes, progress)
-    table, is_leader = None, hosts is None or hosts.is_leader
+    times, is_leader = None, hosts is None or hosts.is_leader
     if is_leader and (timed or engine.tbt_slo_ms is not None or engine.ttft_slo_ms is not None):
-        table = latency_table(model, engine, cache, runner, hosts, progress)
-    return Replica(build_engine(model, engine, cache, runner, tokenizer, hosts, table), runner, cache, table)
+        times = StepTimes(latency_table(model, engine, cache, runner, hosts, progress))
+    return Replica(build_engine(model, engine, cache, runner, tokenizer, hosts, times), runner, cache, times)
 
 
 def _agree(hosts: Hosts, model: ModelConfig, engine: EngineConfig) -> None:
@@ -127,14 +126,13 @@ def build_engine(
     runner: Runner,
     tokenizer: Tokenizer | None,
     hosts: Hosts | None = None,
-    table: LatencyTable | None = None,
+    times: StepTimes | None = None,
 ) -> Engine:
     """Joins scheduler, executor and engine around a runner, and connects its devices where there are several.
 
     Args:
-      table: measured step times, to keep the times that requests are promised; None: none are.
+      times: of the steps, to keep the times that requests are promised; None: none can be.
     """
-    times = None if table is None else StepTimes(table)
     scheduler = _scheduler(model, engine, cache, times)
     sequences = {}
     sampling = SamplingTable(engine.max_running, model.vocab_size)
@@ -200,16 +198,6 @@ class Replicas:
         engine = self._owners.get(request_id) or min(self._engines, key=lambda engine: engine.num_requests)
         engine.add_request(request_id, prompt_token_ids, params, **more)
         self._owners[request_id] = engine
-
-    def observe(self, observer: Observer) -> None:
-        """As `Engine.observe`, for all of them."""
-        for engine in self._engines:
-            engine.observe(observer)
-
-    def compile_grammar(self, asked: StructuredOutputsParams) -> None:
-        """As `Engine.compile_grammar`."""
-        for engine in self._engines:
-            engine.compile_grammar(asked)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """As `Engine.abort`."""

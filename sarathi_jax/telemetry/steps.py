@@ -18,8 +18,9 @@ class StepRecord:
       launched_s: when it was handed to the device.
       started_s: when the device could begin with it: it had been launched and the step before it had ended.
       ended_s: when its tokens were known here.
+      num_drawn: tokens that it drew for requests that were still there.
       ttfts_s: of each request that got its first token, the time since it came.
-      tbts_s: of each other token, the time since the one before it.
+      tbts_s: of each token of a sample that had one, the time since that one.
       state: of the scheduler, once the step had ended.
     """
 
@@ -29,6 +30,7 @@ class StepRecord:
     launched_s: float
     started_s: float
     ended_s: float
+    num_drawn: int
     ttfts_s: tuple[float, ...]
     tbts_s: tuple[float, ...]
     state: SchedulerState

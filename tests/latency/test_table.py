@@ -1,0 +1,74 @@
+"""The latency table against what it was made from, and against numbers worked out by hand."""
+
+import json
+
+import pytest
+
+from sarathi_jax.latency import LatencyTable, TableError, Timing, chunk_keys
+
+
+def timings(bucket: int = 8) -> list[Timing]:
+    decodes = [Timing(bucket, 4, keys, 0, 0.010 + keys * 1e-4) for keys in (4, 100, 200, 400)]
+    return decodes + [Timing(bucket, 0, 0, keys, 0.008 + keys * 1e-5) for keys in (36, 1000, 2000, 4000)]
+
+
+def test_chunk_keys_counts_pairs():
+    assert chunk_keys(5, 3) == sum(len(range(5 + i + 1)) for i in range(3))
+    assert chunk_keys(7, 0) == 0
+
+
+def test_measured_points_come_back():
+    table = LatencyTable(timings())
+    for timing in table.timings:
+        assert table.step_s(8, timing.num_decode_keys, timing.num_prefill_keys) == pytest.approx(timing.seconds)
+
+
+@pytest.mark.parametrize(
+    ("decode_keys", "prefill_keys", "seconds"),
+    [
+        (150, 0, 0.025),  # between two points
+        (800, 0, 0.090),  # beyond the last one, along its slope
+        (1, 0, 0.0104),  # before the first
+        (0, 3000, 0.038),
+        (100, 1000, 0.020 + 0.018 - 0.00836),  # both: what either adds to the emptier of the two
+    ],
+)
+def test_between_and_beyond(decode_keys, prefill_keys, seconds):
+    assert LatencyTable(timings()).step_s(8, decode_keys, prefill_keys) == pytest.approx(seconds)
+
+
+def test_noise_never_makes_a_fuller_cache_quicker():
+    noisy = [Timing(1, 1, keys, 0, s) for keys, s in ((1, 0.02), (10, 0.01), (20, 0.03))]
+    table = LatencyTable([*noisy, Timing(1, 0, 0, 1, 0.02)])
+    times = [table.step_s(1, keys, 0) for keys in range(1, 60)]
+    assert times == sorted(times)
+
+
+def test_kept_in_a_file(tmp_path):
+    table = LatencyTable(timings(), {"device": "x"})
+    table.save(tmp_path / "deep" / "table.json")
+    again = LatencyTable.load(tmp_path / "deep" / "table.json")
+    assert (again.timings, again.about, again.buckets) == (table.timings, {"device": "x"}, (8,))
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["table.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is no latency table"),
+        ("[]", "is no latency table"),
+        (json.dumps({"format": 99, "timings": []}), "format 99, this version reads 1"),
+        (json.dumps({"format": 1, "about": {}, "timings": [{"bucket": 1}]}), "is no latency table"),
+        (json.dumps({"format": 1, "about": {}, "timings": []}), "needs timings"),
+    ],
+)
+def test_a_damaged_file_says_so(tmp_path, text, message):
+    path = tmp_path / "table.json"
+    path.write_text(text)
+    with pytest.raises(TableError, match=message):
+        LatencyTable.load(path)
+
+
+def test_a_bucket_needs_both_kinds():
+    with pytest.raises(TableError, match="no timing of a prompt in bucket 8"):
+        LatencyTable(timings()[:4])

@@ -1,0 +1,60 @@
+"""Drift of the step times, and the forecast of a first token."""
+
+import random
+
+import pytest
+
+from sarathi_jax.latency import Backlog, LatencyTable, StepTimes, Timing, time_to_first_token_s
+
+
+def table(*buckets: int) -> LatencyTable:
+    """1 ms a token of the bucket, whatever the cache holds."""
+    return LatencyTable([Timing(b, d, d, 1 - d, b / 1000) for b in buckets for d in (0, 1)])
+
+
+def test_follows_a_device_that_slows_down():
+    times = StepTimes(table(8))
+    for _ in range(200):
+        times.observe(8, 8, 0, 0.016)
+    assert times.drift == pytest.approx(2, rel=0.01)
+    assert times.expected_s(8, 8, 0) == pytest.approx(0.016, rel=0.01)
+    assert times.bound_s(8, 8, 0) == pytest.approx(0.016, rel=0.02), "a steady device needs no margin"
+
+
+def test_a_restless_device_needs_a_margin():
+    times, rng = StepTimes(table(8)), random.Random(0)
+    measured = [0.008 * rng.uniform(0.8, 1.2) for _ in range(500)]
+    for seconds in measured:
+        times.observe(8, 8, 0, seconds)
+    bound_s = times.bound_s(8, 8, 0)
+    assert sum(seconds > bound_s for seconds in measured) < 0.05 * len(measured)
+    assert bound_s < 0.008 * 1.4
+
+
+def test_one_hiccup_counts_little():
+    times = StepTimes(table(8))
+    times.observe(8, 8, 0, 30.0)
+    assert times.bound_s(8, 8, 0) < 0.008 * 2
+
+
+def test_first_token_of_an_idle_engine_is_its_own_prompt():
+    times = StepTimes(table(8, 64))
+    assert time_to_first_token_s(Backlog(), 128, times, 1) == pytest.approx(2 * 0.064)
+    assert time_to_first_token_s(Backlog(), 128, times, 2) == pytest.approx(3 * 0.064), "and the way through the stages"
+
+
+def test_first_token_waits_for_prompts_before_it():
+    times, backlog = StepTimes(table(8, 64)), Backlog(num_prefill_tokens=560, num_decodes=4, num_decode_keys=100)
+    assert time_to_first_token_s(backlog, 40, times, 1) == pytest.approx(10 * 0.064)
+
+
+def test_a_promised_pace_makes_steps_smaller():
+    times = StepTimes(table(8, 64))
+    backlog = Backlog(num_decodes=4, num_decode_keys=100, pace_s=0.05)
+    assert time_to_first_token_s(backlog, 40, times, 1) == pytest.approx(10 * 0.008)
+
+
+def test_first_token_waits_for_a_free_row():
+    times = StepTimes(table(8, 64))
+    backlog = Backlog(num_decodes=8, num_decode_keys=9, num_free_rows=0, num_waiting=0, steps_to_free_row=100)
+    assert time_to_first_token_s(backlog, 10, times, 1) == pytest.approx(0.064 + 100 * 0.008)

@@ -1,0 +1,55 @@
+"""The chooser that keeps a promised time between tokens."""
+
+import pytest
+
+from sarathi_jax.latency import LatencyTable, StepTimes, Timing, chunk_keys
+from sarathi_jax.scheduling.plan import Demand, KeepPace
+
+BUCKETS = (8, 64, 256)
+PROMPT = ((0, 10_000),)
+
+
+def chooser(num_stages: int = 1) -> KeepPace:
+    """0.1 ms a token of the bucket, 1 us a decode's key, 0.1 us a key of a chunk's token; no margin."""
+    timings = []
+    for b in BUCKETS:
+        timings += [Timing(b, b, keys, 0, b * 1e-4 + keys * 1e-6) for keys in (0, 10_000)]
+        timings += [Timing(b, 0, 0, keys, b * 1e-4 + keys * 1e-7) for keys in (0, 1_000_000)]
+    times = StepTimes(LatencyTable(timings))
+    for _ in range(400):
+        times.observe(8, 10, 0, times.table.step_s(8, 10, 0))
+    return KeepPace(times, BUCKETS, num_stages)
+
+
+@pytest.mark.parametrize(
+    ("demand", "limit"),
+    [
+        (Demand(4, PROMPT), 256),  # nobody was promised anything
+        (Demand(0, PROMPT, pace_s=0.001), 256),  # nobody generates
+        (Demand(4, PROMPT, 100, pace_s=0.050), 256),
+        (Demand(4, PROMPT, 100, pace_s=0.020), 64),
+        (Demand(4, PROMPT, 100, pace_s=0.002), 8),
+        (Demand(4, PROMPT, 100, pace_s=0.0001), 4),  # not even the decodes alone: no prompt enters
+        (Demand(4, PROMPT, 12_000, pace_s=0.020), 64),  # the decodes' own keys leave less
+        (Demand(4, PROMPT, 14_500, pace_s=0.020), 8),
+        (Demand(4, ((50_000, 10_000),), 100, pace_s=0.022), 8),  # late chunks of a long prompt cost more
+        (Demand(4, ((0, 4),), 100, pace_s=0.050), 8),  # never more than is wanted
+        (Demand(8, (), 100, pace_s=0.050), 8),
+    ],
+)
+def test_the_largest_bucket_in_time(demand, limit):
+    assert chooser()(demand) == limit
+
+
+def test_a_pipeline_goes_round_once_a_token():
+    demand = Demand(4, PROMPT, 100, pace_s=0.050)
+    assert chooser(num_stages=1)(demand) == 256
+    assert chooser(num_stages=4)(demand) == 64
+
+
+def test_keys_are_counted_over_all_prompts_that_fit():
+    first, second = (1000, 30), (200_000, 500)
+    keys = chunk_keys(*first) + chunk_keys(200_000, 64 - 4 - 30)
+    pace_s = 64e-4 + 100e-6 + keys * 1e-7
+    assert chooser()(Demand(4, (first, second), 100, pace_s=pace_s * 1.01)) == 64
+    assert chooser()(Demand(4, (first, second), 100, pace_s=pace_s * 0.98)) == 8
