@@ -9,7 +9,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,9 +19,10 @@ from sarathi_jax.kv.blocks import BlockPool
 from sarathi_jax.llm import LLM
 from sarathi_jax.request import Logprob, RequestOutput, SamplingParams
 from sarathi_jax.sampling import SamplingTable
-from sarathi_jax.scheduling.base import Scheduler
+from sarathi_jax.scheduling.base import Scheduler, Sizes
 from sarathi_jax.scheduling.plan import Chooser, StepPlan, StepResult
 from sarathi_jax.scheduling.sarathi import SarathiScheduler
+from sarathi_jax.scheduling.vllm import VllmScheduler
 from sarathi_jax.sequence import Sequence as Sample
 from tests.tiny_models import write_tiny_model
 from tests.tiny_tokenizers import VOCAB_SIZE, write_tiny_tokenizer
@@ -149,6 +150,7 @@ class Served:
         max_num_seqs: int = MAX_SEQS,
         chooser: Chooser | None = None,
         scripts: Sequence[Sequence[int]] | None = None,
+        policy: Literal["sarathi", "vllm"] = "sarathi",
     ) -> Bench:
         """An engine of its own around the shared programs. Use one at a time: they share the cache.
 
@@ -159,18 +161,20 @@ class Served:
           max_num_seqs: at most `MAX_SEQS`; 1 serves one sequence after another.
           chooser: limits the tokens of a step.
           scripts: what the samples of every request say, in place of the model.
+          policy: who decides what a step computes; `chooser` is for sarathi.
         """
         pool = BlockPool(num_blocks)
-        scheduler = SarathiScheduler(
-            pool,
+        sizes = Sizes(
             block_size=BLOCK_SIZE,
             buckets=buckets or self.config.buckets,
             max_num_seqs=max_num_seqs,
             window=self.model.cache_window,
             max_model_len=MAX_LEN,
             num_stages=self.config.pp,
-            chooser=chooser,
         )
+        scheduler = VllmScheduler(pool, **sizes)
+        if policy == "sarathi":
+            scheduler = SarathiScheduler(pool, chooser=chooser, **sizes)
         sequences = {}
         table = SamplingTable(self.config.max_running, self.model.vocab_size)
         device = DeviceExecutor(self.runner, table, sequences, scheduler.table)
