@@ -10,7 +10,7 @@ _WORDS = ("name", "age", "city", "tags", "ok", "kind", "note", "x", "é", "two w
 
 
 def random_schemas(seed: int, number: int, longest: int, depth: int = 3) -> list[Schema]:
-    """Objects, arrays, alternatives and scalars, nested.
+    """Objects, arrays, alternatives and scalars, nested; every other one is an object.
 
     Args:
       seed: same seed, same schemas.
@@ -20,7 +20,7 @@ def random_schemas(seed: int, number: int, longest: int, depth: int = 3) -> list
     """
     rng, schemas = random.Random(seed), []
     while len(schemas) < number:
-        schema = _any(rng, depth)
+        schema = (_object if len(schemas) % 2 else _any)(rng, depth)
         if longest_text(schema) <= longest:
             schemas.append(schema)
     return schemas

@@ -16,10 +16,21 @@ MODELS = {
     "falcon-40b": {},
 }
 
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 5},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
 ASKS = [
     (prompt_of(5), greedy(max_tokens=40)),
     (prompt_of(60), greedy(max_tokens=20, prompt_logprobs=20)),
     (prompt_of(20), drawn(max_tokens=30, temperature=0.9, top_k=30, n=2)),
     (prompt_of(33), drawn(max_tokens=24, top_p=0.9, repetition_penalty=1.2)),
     (prompt_of(14), greedy(max_tokens=40, logprobs=None)),
+    (prompt_of(8), drawn(max_tokens=60, ignore_eos=False, structured_outputs={"json": SCHEMA})),
 ]
