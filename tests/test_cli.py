@@ -11,7 +11,14 @@ import pytest
 
 from sarathi_jax.cli import main
 from sarathi_jax.config import EngineConfig
-from sarathi_jax.request import CompletionOutput, RequestError, RequestMetrics, RequestOutput, SamplingParams
+from sarathi_jax.request import (
+    CompletionOutput,
+    RequestError,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 from sarathi_jax.resources import config_path
 
 REPO = Path(__file__).resolve().parent.parent
@@ -91,6 +98,11 @@ def test_flags_reach_the_engine_and_the_request(scripted):
     )
 
 
+def test_the_form_of_a_text_is_given_as_json(scripted):
+    assert run("generate", "--prompt=Once", '--structured_outputs={"json": {"enum": ["a"]}}') == 0
+    assert scripted.made.params.structured_outputs == StructuredOutputsParams(json={"enum": ["a"]})
+
+
 def test_flags_go_before_a_deployment(scripted, monkeypatch):
     assert run("generate", "--prompt=x", "--deployment=llama2-70b-8xa40", "--tp=8", "--max_num_seqs=4") == 0
     made = scripted.made
@@ -141,6 +153,9 @@ def test_several_samples_are_set_apart_and_token_ids_answered_with_ids(scripted,
         ("generate --prompt a --dtype int3", "float32|bfloat16"),
         ("generate --prompt a --token_budget 0", "token_budget=0"),
         ("generate --prompt a --logit_bias 5", "5:-100,17:2.5"),
+        ("generate --prompt a --structured_outputs {", "is not JSON"),
+        ("generate --prompt a --structured_outputs 5", "is not a JSON object"),
+        ("generate --prompt a --structured_outputs {}", "structured_outputs needs exactly one of json"),
         ("generate --prompt_token_ids a", "5,17,23"),
         ("generate a", "--prompt 'a'"),
         ("generate --input a", "--output is missing"),

@@ -8,17 +8,19 @@ What each feature is measured against, in every pair that holds it:
 - penalties, seeded sampling: the same draws, served like that (their maths is compared in tests/sampling);
 - logprobs, prompt logprobs: of a request that asks for the longest lists, of which shorter ones are the beginning;
 - stop strings: the text without them, cut off by this test;
-- n: a request with one sample more.
+- n: a request with one sample more;
+- structured: the same request, served like that, half of them ordinary; the text has its form.
 
 No pair is refused: every one of them works.
 """
 
 import dataclasses
 import itertools
+import re
 
 import pytest
 
-from sarathi_jax.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
+from sarathi_jax.request import CompletionOutput, Logprob, RequestOutput, SamplingParams, StructuredOutputsParams
 from sarathi_jax.tokenizer import Tokenizer
 from tests.engine.serving import TOP, Parity, Served, at_most, prompt_of
 
@@ -34,16 +36,20 @@ FEATURES = [
     "n",
     "sliding window",
     "bfloat16",
+    "structured",
 ]
 PROMPTS = [prompt_of(length) for length in (6, 14, 20, 30)]
 CHUNK = 9
+FORM = "[a-z ]"
 
 
 def request_of(features: set[str], seed: int) -> SamplingParams:
     """All that the features ask of a request, but stop strings."""
+    is_structured = "structured" in features and seed % 2 == 0
     return SamplingParams(
         max_tokens=36,
-        ignore_eos=True,
+        ignore_eos=not is_structured,
+        structured_outputs=StructuredOutputsParams(regex=FORM + "{500}") if is_structured else None,
         temperature=0.9 if "seeded sampling" in features else 0,
         seed=seed if "seeded sampling" in features else None,
         repetition_penalty=1.3 if "penalties" in features else 1,
@@ -144,6 +150,8 @@ def test_pair(first: str, second: str, request: pytest.FixtureRequest, parity: P
         assert sum(output.metrics.num_preemptions for output in outputs) > 0
     if "stop strings" in features:
         assert all(output.outputs[0].finish_reason == "stop" for output in outputs)
+    if "structured" in features:
+        assert all(re.fullmatch(FORM + "+", sample.text) for output in outputs[::2] for sample in output.outputs)
     if features == {"n", "seeded sampling"}:
         assert all(output.outputs[0].token_ids != output.outputs[1].token_ids for output in outputs)
 
