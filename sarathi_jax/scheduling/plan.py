@@ -181,8 +181,8 @@ class KeepPace:
     """Chooses the largest bucket whose time keeps what the tightest running request was promised (`Demand.pace_s`).
 
     The paper sets its budget once, by hand, from a profile (section 4.3), and leaves a dynamic one to future work. Here
-    steps are programs of fixed shape with known times, so it is chosen anew for every step. Where only the decodes fit, or
-    not even they, no prompt enters: it waits until some of them have ended, which none can replace meanwhile.
+    steps are programs of fixed shape with known times, so it is chosen anew for every step. Where only the decodes fit,
+    or not even they, no prompt enters: it waits until some of them have ended, which none can replace meanwhile.
 
     Args:
       times: of the programs.
