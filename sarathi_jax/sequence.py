@@ -30,6 +30,7 @@ class Sequence:
       num_in_flight: tokens drawn on the device and not committed here yet (0 or 1).
       row: the device row that holds this sequence's newest token while it runs; None while it waits.
       num_preemptions: how often its blocks were taken away.
+      block_keys: of its leading full blocks, as far as anybody asked for them (`kv.blocks.extend_keys`).
       allowed: i32[ceil(V / 32)], a bit for each token that may follow those known here; None: any may.
     """
 
@@ -43,6 +44,7 @@ class Sequence:
         self.num_in_flight = 0
         self.row: int | None = None
         self.num_preemptions = 0
+        self.block_keys: list[bytes] = []
         self.allowed: np.ndarray | None = None
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None

@@ -7,13 +7,14 @@ A policy is a class below `Scheduler` that decides in `schedule` what enters the
 import abc
 import bisect
 import heapq
+import itertools
 import math
 import operator
 from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Seq
 from typing import NotRequired, TypedDict
 
-from sarathi_jax.kv.blocks import BlockError, BlockPool, BlockTable
+from sarathi_jax.kv.blocks import BlockError, BlockPool, BlockTable, Prefix, extend_keys
 from sarathi_jax.latency import Backlog
 from sarathi_jax.scheduling.plan import Chunk, SchedulerState, StepPlan, TokenBudget
 from sarathi_jax.sequence import Sequence, Status
@@ -31,6 +32,7 @@ class Sizes(TypedDict):
     window: int | None
     max_model_len: int
     num_stages: NotRequired[int]
+    prefix_caching: NotRequired[bool]
 
 
 class Scheduler(abc.ABC):
@@ -52,6 +54,7 @@ class Scheduler(abc.ABC):
       window: tokens that a query can see, itself included, or None for all of them; blocks that left it are freed.
       max_model_len: longest prompt + output in tokens.
       num_stages: pp.
+      prefix_caching: a sequence starts behind those of its first blocks that the pool still holds.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Scheduler(abc.ABC):
         window: int | None,
         max_model_len: int,
         num_stages: int = 1,
+        prefix_caching: bool = False,
     ):
         self._pool = pool
         self._block_size = block_size
@@ -72,6 +76,11 @@ class Scheduler(abc.ABC):
         self._window = window
         self._max_model_len = max_model_len
         self._num_stages = num_stages
+        self._prefix_caching = prefix_caching
+        # So many blocks before a block show a query in it all that it may see; None: all of them do.
+        self._reach = None if window is None else -(-(window - 1) // block_size)
+        self._filling: list[Sequence] = []  # in the last step they computed the last token of a block, or of several
+        self._num_queries, self._num_hits = 0, 0
         self._watermark = math.ceil(WATERMARK_FRACTION * pool.num_total)
         # Both by rank (priority, then arrival), which is also the order in which preempted sequences come back.
         self._waiting: list[Sequence] = []
@@ -153,6 +162,8 @@ class Scheduler(abc.ABC):
             num_blocks=self._pool.num_total,
             num_free_blocks=self._pool.num_free,
             backlog=self._backlog(),
+            num_prefix_queries=self._num_queries,
+            num_prefix_hits=self._num_hits,
         )
 
     def add(self, seq: Sequence) -> None:
@@ -202,6 +213,9 @@ class Scheduler(abc.ABC):
 
     def _live(self) -> list[Sequence]:
         """The running sequences that go on, by rank, after freeing all blocks that nobody will read."""
+        for seq in self._filling:
+            self._register(seq)
+        self._filling.clear()
         live = []
         for seq in self._running:
             if not seq.is_runnable:
@@ -248,26 +262,52 @@ class Scheduler(abc.ABC):
             else:
                 chunks.append(Chunk(seq.seq_id, start, 1, True))
                 seq.advance(1, True)
+                if not seq.num_computed % self._block_size:
+                    self._filling.append(seq)
         return chunks, prefills
 
-    def _affordable(self, prefills: Seq[Sequence]) -> Iterator[Sequence]:
-        """The waiting sequences that rows and blocks let start now, by rank.
+    def _affordable(self, prefills: Seq[Sequence]) -> Iterator[tuple[Sequence, int]]:
+        """The waiting sequences that rows and blocks let start now, by rank, and how many tokens each starts behind.
 
         A sequence starts only if all its known tokens fit beside what the prefills that run still need. So once no
         decode is left, every prefill finds its blocks: prefills never wait for each other, and need not preempt.
+
+        Cached blocks that a sequence finds here count as free ones that it takes, and `BlockPool.find` puts them last
+        in the order of eviction, so they are still there when it starts in the same step.
         """
         num_spare = self._pool.num_free - sum(self._blocks_missing(seq) for seq in prefills)
+        if self._window is not None:
+            num_spare -= self._pool.num_shared  # once it left one's window, a shared block is no gain
         num_rows = self._max_running - len(self._running)
         for index, seq in enumerate(self._waiting):
             # A preempted sequence's token in flight lives in a row that it lost: wait until the host knows it.
             if index == num_rows or seq.num_in_flight:
                 return
+            prefix = self._prefix(seq)
             num_blocks = self.max_blocks(seq.num_tokens)
+            if self._window is None:
+                num_blocks -= sum(self._pool.num_owners(block_id) > 0 for block_id in prefix.ids)
             is_alone = not self._running and index == 0
             if num_spare < num_blocks + (0 if is_alone else self._watermark):
                 return
             num_spare -= num_blocks
-            yield seq
+            yield seq, prefix.num_blocks * self._block_size
+
+    def _prefix(self, seq: Sequence) -> Prefix:
+        """The blocks that hold the beginning of a waiting sequence. Its last token is always computed, since the next
+        one is drawn from it; and every token of a prompt whose log-probabilities are wanted."""
+        if not self._prefix_caching or seq.request.params.prompt_logprobs is not None:
+            return Prefix()
+        num_blocks = (seq.num_tokens - 1) // self._block_size
+        extend_keys(seq.block_keys, seq.tokens, self._block_size, num_blocks)
+        return self._pool.find(itertools.islice(seq.block_keys, num_blocks), self._reach)
+
+    def _register(self, seq: Sequence) -> None:
+        """Lets others find the blocks of a running sequence that launched steps fill with tokens known here."""
+        if self._prefix_caching and seq.seq_id in self._tables:
+            num_blocks = min(len(seq.tokens), seq.num_computed) // self._block_size
+            extend_keys(seq.block_keys, seq.tokens, self._block_size, num_blocks)
+            self._tables[seq.seq_id].register(seq.block_keys, num_blocks)
 
     def _plan_prefill(self, seq: Sequence, budget: TokenBudget, chunks: list[Chunk]) -> None:
         """Plans the next chunk of a prefill, as long as budget and blocks allow; none if they allow nothing."""
@@ -279,6 +319,7 @@ class Scheduler(abc.ABC):
         samples = end == seq.num_tokens
         chunks.append(Chunk(seq.seq_id, start, length, samples))
         seq.advance(length, samples)
+        self._filling.append(seq)
 
     def _room(self, seq: Sequence) -> int:
         """Tokens of a running prefill that the blocks free now can take."""
@@ -297,18 +338,25 @@ class Scheduler(abc.ABC):
     def _admit(self, seq: Sequence) -> None:
         _discard(self._waiting, seq)
         bisect.insort(self._running, seq, key=RANK)
-        self._tables[seq.seq_id] = BlockTable(self._pool, self._block_size)
+        prefix, table = self._prefix(seq), BlockTable(self._pool, self._block_size)
+        table.start_with(prefix)
+        self._tables[seq.seq_id] = table
+        seq.num_computed = prefix.num_blocks * self._block_size
+        if self._prefix_caching and not seq.num_preemptions:
+            self._num_queries += seq.num_prompt
+            self._num_hits += seq.num_computed
         seq.row = heapq.heappop(self._free_rows)
         seq.status = Status.RUNNING
 
     def _preempt(self, seq: Sequence) -> None:
-        """Takes a sequence's blocks and row; it is computed again later, from its first token."""
+        """Takes a sequence's blocks and row; it is computed again later, as far as its blocks are gone by then."""
         _discard(self._running, seq)
         self._give_back(seq)
         seq.preempt()
         bisect.insort(self._waiting, seq, key=RANK)
 
     def _give_back(self, seq: Sequence) -> None:
+        self._register(seq)
         self._tables.pop(seq.seq_id).release()
         assert seq.row is not None
         heapq.heappush(self._free_rows, seq.row)

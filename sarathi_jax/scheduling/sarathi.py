@@ -50,14 +50,14 @@ class SarathiScheduler(Scheduler):
 
         if self._num_following == 0:
             wanted = [(seq.num_computed, self._room(seq)) for seq in prefills]
-            wanted += [(seq.num_computed, seq.num_uncomputed) for seq in newcomers]
+            wanted += [(start, seq.num_tokens - start) for seq, start in newcomers]
             self._choose(live, decodes, largest_share, wanted)
         budget = TokenBudget(self._limit)
         budget.take(len(decodes))
         chunks: list[Chunk] = []
         for seq in prefills:
             self._plan_prefill(seq, budget, chunks)
-        for seq in newcomers:
+        for seq, _ in newcomers:
             if not budget.left:
                 break
             self._admit(seq)
@@ -86,15 +86,15 @@ class SarathiScheduler(Scheduler):
         most, largest = share + (num_larger > 0), -(-len(ids) // self._num_stages)
         return min(most, self._limit) if self._num_following else most, largest
 
-    def _newcomers(self, prefills: list[Sequence], num_decodes: int) -> list[Sequence]:
-        """The waiting sequences that could start now, as far as pp steps can use them."""
+    def _newcomers(self, prefills: list[Sequence], num_decodes: int) -> list[tuple[Sequence, int]]:
+        """The waiting sequences that could start now, and behind how many tokens, as far as pp steps can use them."""
         num_tokens = self._num_stages * self._buckets[-1] - num_decodes - sum(seq.num_uncomputed for seq in prefills)
         newcomers = []
-        for seq in self._affordable(prefills):
+        for seq, start in self._affordable(prefills):
             if num_tokens <= 0:
                 break
-            num_tokens -= seq.num_uncomputed
-            newcomers.append(seq)
+            num_tokens -= seq.num_tokens - start
+            newcomers.append((seq, start))
         return newcomers
 
     def _choose(

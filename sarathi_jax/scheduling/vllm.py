@@ -77,11 +77,12 @@ class VllmScheduler(Scheduler):
         share = -(-min(self._max_running, self.num_running + self.num_waiting) // self._num_stages)
         num_places = share - sum(group == self._turn for group in self._groups.values())
         newcomers = []
-        for seq in self._affordable(()):  # a prompt in pieces leaves room beside its last one, which needs no blocks
-            fits = seq.num_uncomputed <= num_tokens
-            is_too_long = seq.num_uncomputed > largest == num_tokens  # for any step: the first piece, in an empty one
-            if len(newcomers) >= num_places or not (fits or is_too_long):
+        # A prompt in pieces leaves room beside its last one, which needs no blocks.
+        for seq, start in self._affordable(()):
+            length = seq.num_tokens - start
+            is_too_long = length > largest == num_tokens  # for any step: the first piece, in an empty one
+            if len(newcomers) >= num_places or not (length <= num_tokens or is_too_long):
                 break
-            num_tokens -= min(seq.num_uncomputed, num_tokens)
+            num_tokens -= min(length, num_tokens)
             newcomers.append(seq)
         return newcomers
