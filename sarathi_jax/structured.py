@@ -13,8 +13,9 @@ from sarathi_jax.tokenizer import Tokenizer
 
 _NUM_CACHED = 64  # compiled grammars kept for the next request with the same
 
-# A hostile grammar ends in an error after some milliseconds a step and 100 MB at most; ordinary ones stay far below.
-_LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+# A hostile grammar ends in an error after some ten milliseconds of one step, or 100 MB; objects of hundreds of optional
+# properties stay below.
+_LIMITS = LLParserLimits(step_max_items=10_000, max_lexer_states=50_000, verbose_errors=False)
 
 # Without forcing any tokens that spell the text are allowed, and the model chooses; a step then never looks further
 # than a token ahead, where forcing would tokenise a million forced characters at once.
@@ -70,7 +71,8 @@ class Matcher:
             self.error = self._failure()
 
     def _failure(self) -> str:
-        return _first_part(self._matcher.get_error()) or self._matcher.stop_reason()
+        error = _first_part(self._matcher.get_error()) or self._matcher.stop_reason()
+        return "no token of the model can go on from here" if error == "NoExtensionBias" else error
 
 
 class Grammars:
@@ -114,7 +116,7 @@ class Grammars:
             raise _refusal(params, matcher.get_error() or "; ".join(warnings))
         started = Matcher.start(matcher, self._num_words)
         if started.error is not None:
-            raise _refusal(params, f"no token of the model can begin such a text ({started.error})")
+            raise _refusal(params, f"at the first token: {started.error}")
         return started
 
     @functools.cached_property
