@@ -46,6 +46,7 @@ BAD_VALUES: dict[str, list[Any]] = {
     "prompt_logprobs": [-1, 21, 1.5, NAN],
     "detokenize": ["no", 1, None],
     "skip_special_tokens": ["no", 1, None],
+    "structured_outputs": [{}, [], "json", 5, True, {"json": 5}, {"regex": None}, {"choice": ["a"], "regex": "a"}],
 }
 
 
