@@ -11,7 +11,7 @@ from sarathi_jax.config import CacheConfig, EngineConfig, ModelConfig
 from sarathi_jax.executor import Executor
 from sarathi_jax.intake import Intake
 from sarathi_jax.output import RequestRecord
-from sarathi_jax.request import RequestError, RequestOutput, SamplingParams, StructuredOutputsParams
+from sarathi_jax.request import Request, RequestError, RequestOutput, SamplingParams, StructuredOutputsParams
 from sarathi_jax.scheduling.base import Scheduler
 from sarathi_jax.scheduling.plan import StepPlan, StepResult
 from sarathi_jax.sequence import Sequence, Status
@@ -100,7 +100,7 @@ class Engine:
         streams: bool = False,
         priority: int = 0,
         slo_ms: float | None = None,
-    ) -> None:
+    ) -> Request:
         """Accepts a request; `step` will report it.
 
         Args:
@@ -111,6 +111,9 @@ class Engine:
           streams: report every token, not only the end.
           priority: less goes first.
           slo_ms: longest time between two of its tokens, in milliseconds; None: the engine's.
+
+        Returns:
+          The request as it is served.
 
         Raises:
           RequestError: it can never be served; the message names what to change.
@@ -128,6 +131,7 @@ class Engine:
                 seq.allowed = matcher.allowed
             self._sequences[seq.seq_id] = seq
             self._scheduler.add(seq)
+        return request
 
     def compile_grammar(self, asked: StructuredOutputsParams) -> None:
         """Compiles a grammar ahead, so that `add_request` need not: for callers whose steps shall not wait for it.
@@ -147,6 +151,24 @@ class Engine:
         for seq in [seq for seq in self._sequences.values() if seq.request is record.request]:
             self._end(seq, record.samples[seq.index].end("abort"))
         return self._report(record)
+
+    def end_sample(self, request_id: str, index: int, stop: str) -> RequestOutput | None:
+        """Ends one sample whose text met a stop string, for callers that make the text themselves.
+
+        Args:
+          request_id: what is not live any more is passed over.
+          index: of the sample.
+          stop: the string.
+
+        Returns:
+          The request, if this was its last sample.
+        """
+        record = self._records.get(request_id)
+        if record is None or record.samples[index].finish_reason is not None:
+            return None
+        seq = next(s for s in self._sequences.values() if s.request is record.request and s.index == index)
+        self._end(seq, record.samples[index].end("stop", stop))
+        return self._report(record) if record.finished else None
 
     def observe(self, observer: Observer) -> None:
         """Tells an observer of every step and every request's end from now on."""

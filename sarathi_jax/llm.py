@@ -11,20 +11,14 @@ from typing import Any, Literal
 import jax
 from tqdm import tqdm
 
-from sarathi_jax.compiling import use_compile_cache
-from sarathi_jax.config import Dtype, EngineConfig
+from sarathi_jax.config import Dtype
 from sarathi_jax.deployment import load_deployment
 from sarathi_jax.engine import Engine
-from sarathi_jax.executor import follow
-from sarathi_jax.parallel import check_split
-from sarathi_jax.parallel.hosts import join
-from sarathi_jax.replica import Replica, Replicas, start_replicas
+from sarathi_jax.loading import Loaded, load
+from sarathi_jax.replica import Replicas
 from sarathi_jax.request import RequestError, RequestOutput, SamplingParams
-from sarathi_jax.resources import checkpoint_path
 from sarathi_jax.runner import StartUp
-from sarathi_jax.tokenizer import Tokenizer, TokenizerError, load_tokenizer
-from sarathi_jax.weights.checkpoint import stored_dtype
-from sarathi_jax.weights.directory import load_model_config, load_model_yaml
+from sarathi_jax.tokenizer import TokenizerError
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -77,34 +71,14 @@ class LLM:
         progress: bool = True,
         **config: Any,
     ):
-        self._path = checkpoint_path() if model is None else Path(model)
-        use_compile_cache()
-        settings = EngineConfig(**config)
-        is_yaml = self._path.suffix in (".yaml", ".yml")
-        self.model_config = load_model_yaml(self._path) if is_yaml else load_model_config(self._path)
-        check_split(self.model_config, settings)
-        # Before anything touches a device.
-        several = settings.hosts > 1
-        self._hosts = join(settings.hosts, settings.host_id, settings.coordinator) if several else None
-        if dtype == "auto":
-            dtype = "bfloat16" if is_yaml else stored_dtype(self._path, self.model_config)
-        self.engine_config = dataclasses.replace(settings, dtype=dtype)
-        self.tokenizer: Tokenizer | None = None if is_yaml else load_tokenizer(self._path)
-        try:
-            self._replicas = start_replicas(
-                self._path, self.model_config, self.engine_config, self.tokenizer, self._hosts, progress
-            )
-        except Exception as error:
-            if self._hosts is not None:
-                self._hosts.abandon(str(error))
-            raise
-        if self._hosts is not None and not self._hosts.is_leader:
-            follow(self._replicas[0].runner, self._hosts)
-            self._hosts.close()
-            raise SystemExit(0)
-        self.cache_config = self._replicas[0].cache
-        engines = [replica.engine for replica in self._replicas]
-        self._engine: Engine | Replicas | None = engines[0] if len(engines) == 1 else Replicas(engines)
+        loaded = load(model, dtype, progress, config)
+        self._path = loaded.path
+        self.model_config = loaded.model_config
+        self.engine_config = loaded.engine_config
+        self.cache_config = loaded.cache_config
+        self.tokenizer = loaded.tokenizer
+        self._loaded: Loaded | None = loaded
+        self._engine: Engine | Replicas | None = loaded.engine()
         self._ids = itertools.count()
         # Outputs by the request's id, until whoever asked for them takes them: any step may report any request.
         self._inboxes: dict[str, collections.deque[RequestOutput]] = {}
@@ -141,24 +115,19 @@ class LLM:
     def close(self) -> None:
         """Frees the weights and the cache; safe to call twice."""
         self._engine = None
-        self._replicas = ()
-        if self._hosts is not None:
-            self._hosts.close()
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None:
+            loaded.close()
 
     @property
     def start_up(self) -> StartUp:
         """What compiling cost, over all replicas."""
-        each = [replica.runner.start_up for replica in self._open_replicas()]
-        return StartUp(
-            num_programs=sum(one.num_programs for one in each),
-            compile_s=sum(one.compile_s for one in each),
-            temp_bytes=max(one.temp_bytes for one in each),
-        )
+        return self._open().start_up
 
     @property
     def num_late_compiles(self) -> int:
         """Programs compiled after warm-up; anything but 0 is a bug."""
-        return sum(replica.runner.num_late_compiles for replica in self._open_replicas())
+        return self._open().num_late_compiles
 
     @property
     def engine(self) -> Engine | Replicas:
@@ -345,10 +314,10 @@ class LLM:
             if self._engine is not None:
                 self._engine.abort(request_id)
 
-    def _open_replicas(self) -> Sequence[Replica]:
-        if not self._replicas:
+    def _open(self) -> Loaded:
+        if self._loaded is None:
             raise RuntimeError("this LLM is closed: build a new one")
-        return self._replicas
+        return self._loaded
 
 
 def _batch(prompts: Any) -> list[Any]:

@@ -200,7 +200,9 @@ class RequestRecord:
         return {i: Logprob(values[i], self._token_text(i)) for i in ordered}
 
     def _token_text(self, token: int) -> str | None:
-        return None if self._tokenizer is None else self._tokenizer.decode([token], skip_special_tokens=False)
+        if self._tokenizer is None or not self.request.params.detokenize:
+            return None
+        return self._tokenizer.decode([token], skip_special_tokens=False)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -17,7 +17,7 @@ from sarathi_jax.latency import StepTimes
 from sarathi_jax.parallel import TensorSplit, make_meshes, split_layers
 from sarathi_jax.parallel.hosts import Hosts
 from sarathi_jax.parallel.pipeline import is_local
-from sarathi_jax.request import RequestOutput, SamplingParams, StructuredOutputsParams
+from sarathi_jax.request import Request, RequestOutput, SamplingParams, StructuredOutputsParams
 from sarathi_jax.runner import Runner
 from sarathi_jax.sampling import SamplingTable
 from sarathi_jax.scheduling.base import Scheduler, Sizes
@@ -193,18 +193,32 @@ class Replicas:
 
     def add_request(
         self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, **more: Any
-    ) -> None:
+    ) -> Request:
         """As `Engine.add_request`."""
         engine = self._owners.get(request_id) or min(self._engines, key=lambda engine: engine.num_requests)
-        engine.add_request(request_id, prompt_token_ids, params, **more)
+        request = engine.add_request(request_id, prompt_token_ids, params, **more)
         self._owners[request_id] = engine
 
+        return request
+
+    def compile_grammar(self, asked: StructuredOutputsParams) -> None:
+        """As `Engine.compile_grammar`."""
+        for engine in self._engines:
+            engine.compile_grammar(asked)
     def abort(self, request_id: str) -> RequestOutput | None:
         """As `Engine.abort`."""
         engine = self._owners.pop(request_id, None)
         return None if engine is None else engine.abort(request_id)
 
     def step(self) -> list[RequestOutput]:
+    def end_sample(self, request_id: str, index: int, stop: str) -> RequestOutput | None:
+        """As `Engine.end_sample`."""
+        engine = self._owners.get(request_id)
+        output = None if engine is None else engine.end_sample(request_id, index, stop)
+        if output is not None:
+            del self._owners[request_id]
+        return output
+
         """A step of every engine that has work."""
         outputs = [output for engine in self._engines if engine.has_work for output in engine.step()]
         for output in outputs:

@@ -239,7 +239,7 @@ class Logprob:
 
     Attributes:
       logprob: natural logarithm.
-      token: its text, where there is a tokenizer.
+      token: its text, where text is wanted and there is a tokenizer.
     """
 
     logprob: float

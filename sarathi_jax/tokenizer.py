@@ -102,6 +102,15 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._chat_templates)
 
+    @property
+    def chat_knows_tools(self) -> bool:
+        """Whether a chat template tells the model of tools."""
+        return any("tools" in template for template in self._chat_templates.values())
+
+    def with_chat_template(self, template: str) -> "Tokenizer":
+        """The same tokenizer with this chat template in place of its own."""
+        return Tokenizer(self._backend, self._special_tokens, {"default": template})
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],

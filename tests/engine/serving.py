@@ -137,7 +137,7 @@ class Served:
         self.llm = llm
         self.model = llm.model_config
         self.config = llm.engine_config
-        self.runner = llm._replicas[0].runner
+        self.runner = llm._loaded.replicas[0].runner
         self.tokenizer = llm.tokenizer
         self._references: dict[str, RequestOutput] = {}
 

@@ -161,11 +161,11 @@ def test_replicas_share_the_requests(whole, tmp_path):
     Parity().check(outputs, whole("falcon-40b", UNEVEN).alone(ASKS))
     devices = [
         {device for stage in replica.runner.stages.values() for device in stage.everywhere.device_set}
-        for replica in both._replicas
+        for replica in both._loaded.replicas
     ]
     assert [len(each) for each in devices] == [2, 2]
     assert devices[0].isdisjoint(devices[1])
-    assert all(replica.engine._num_sequences for replica in both._replicas)
+    assert all(replica.engine._num_sequences for replica in both._loaded.replicas)
 
 
 @pytest.mark.parametrize(
