@@ -192,6 +192,7 @@ class Engine:
                 record = self._record_of(self._sequences[chunk.seq_id])
                 if record.first_scheduled_s is None:
                     record.first_scheduled_s = scheduled_s
+                    record.num_cached_tokens = chunk.start
             for seq_id in plan.preempted:
                 self._record_of(self._sequences[seq_id]).num_preemptions += 1
         handle = self._executor.launch(plan)

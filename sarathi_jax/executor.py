@@ -72,7 +72,8 @@ class DeviceExecutor:
         self._sequences = sequences
         self._table_of = table_of
         self._hosts = hosts
-        self._row_owners: dict[int, int] = {}
+        # Of each row, the sequence and how often it had been preempted when it came into the row.
+        self._row_owners: dict[int, tuple[int, int]] = {}
         self._in_stages: collections.deque[Launched] = collections.deque()
 
     def launch(self, plan: StepPlan | None) -> Launched | None:
@@ -99,14 +100,17 @@ class DeviceExecutor:
             self.collect(handle)
 
     def _pack(self, plan: StepPlan) -> MicroBatch:
-        params = []
+        params, recalled = [], []
         for chunk in plan.chunks:
             seq = self._sequences[chunk.seq_id]
             params.append(seq.request.params)
             assert seq.row is not None
-            if self._row_owners.get(seq.row) != seq.seq_id:
-                self._row_owners[seq.row] = seq.seq_id
+            owner = seq.seq_id, seq.num_preemptions
+            if self._row_owners.get(seq.row) != owner:
+                self._row_owners[seq.row] = owner
                 self._sampling.set_row(seq.row, seq)
+                if chunk.start and seq.request.params.is_penalised:
+                    recalled.append(self._runner.history_entry(seq.row, seq.tokens))
             if chunk.samples and seq.allowed is not None:
                 self._sampling.set_mask(seq.row, seq.allowed)
         wanted = Wanted(
@@ -115,7 +119,7 @@ class DeviceExecutor:
             num_tokens=plan.num_tokens if any(p.prompt_logprobs is not None for p in params) else 0,
         )
         buffer = self._runner.layouts[plan.bucket].pack(plan, self._sequences, self._table_of)
-        return MicroBatch(plan.bucket, buffer, self._sampling.changes(), wanted)
+        return MicroBatch(plan.bucket, buffer, self._sampling.changes(), wanted, tuple(recalled))
 
     def collect(self, handle: Launched) -> StepResult:
         if handle.output is not None:
@@ -165,7 +169,7 @@ def fetch(output: StepOutput, wanted: Wanted) -> dict[str, np.ndarray]:
     return fetched
 
 
-_NUMBERS, _SAMPLING = "numbers", "sampling."
+_NUMBERS, _SAMPLING, _RECALLED = "numbers", "sampling.", "recalled."
 
 
 def to_message(batch: MicroBatch | None) -> Message:
@@ -175,7 +179,8 @@ def to_message(batch: MicroBatch | None) -> Message:
     wanted = batch.wanted
     numbers = [batch.bucket, wanted.num_chunks, wanted.logprobs, wanted.num_tokens]
     sampling = {_SAMPLING + name: values for name, values in batch.sampling.items()}
-    return {_NUMBERS: np.array(numbers, np.int32), "buffer": batch.buffer} | sampling
+    recalled = {f"{_RECALLED}{i}": entry for i, entry in enumerate(batch.recalled)}
+    return {_NUMBERS: np.array(numbers, np.int32), "buffer": batch.buffer} | sampling | recalled
 
 
 def from_message(message: Message) -> MicroBatch | None:
@@ -184,4 +189,6 @@ def from_message(message: Message) -> MicroBatch | None:
         return None
     bucket, num_chunks, logprobs, num_tokens = message[_NUMBERS].tolist()
     sampling = {name.removeprefix(_SAMPLING): v for name, v in message.items() if name.startswith(_SAMPLING)}
-    return MicroBatch(bucket, message["buffer"], sampling, Wanted(num_chunks, bool(logprobs), num_tokens))
+    recalled = tuple(entry for name, entry in message.items() if name.startswith(_RECALLED))
+    wanted = Wanted(num_chunks, bool(logprobs), num_tokens)
+    return MicroBatch(bucket, message["buffer"], sampling, wanted, recalled)

@@ -134,6 +134,7 @@ class RequestRecord:
         self.first_scheduled_s: float | None = None
         self.finished_s: float | None = None
         self.num_preemptions = 0
+        self.num_cached_tokens = 0
         self._tokenizer = tokenizer
         self._prompt_logprobs: list[dict[int, Logprob] | None] = [None]
 
@@ -189,6 +190,7 @@ class RequestRecord:
                 finished_s=self.finished_s,
                 token_s=tuple(tuple(sample.token_s) for sample in self.samples),
                 num_preemptions=self.num_preemptions,
+                num_cached_tokens=self.num_cached_tokens,
             ),
             prompt_logprobs=None if request.params.prompt_logprobs is None else tuple(self._prompt_logprobs),
         )

@@ -153,6 +153,7 @@ def _scheduler(model: ModelConfig, engine: EngineConfig, cache: CacheConfig, tim
         "window": model.cache_window,
         "max_model_len": cache.max_model_len,
         "num_stages": engine.pp,
+        "prefix_caching": engine.prefix_caching,
     }
     pool = BlockPool(cache.num_blocks)
     if engine.policy == "vllm":
@@ -198,19 +199,18 @@ class Replicas:
         engine = self._owners.get(request_id) or min(self._engines, key=lambda engine: engine.num_requests)
         request = engine.add_request(request_id, prompt_token_ids, params, **more)
         self._owners[request_id] = engine
-
         return request
 
     def compile_grammar(self, asked: StructuredOutputsParams) -> None:
         """As `Engine.compile_grammar`."""
         for engine in self._engines:
             engine.compile_grammar(asked)
+
     def abort(self, request_id: str) -> RequestOutput | None:
         """As `Engine.abort`."""
         engine = self._owners.pop(request_id, None)
         return None if engine is None else engine.abort(request_id)
 
-    def step(self) -> list[RequestOutput]:
     def end_sample(self, request_id: str, index: int, stop: str) -> RequestOutput | None:
         """As `Engine.end_sample`."""
         engine = self._owners.get(request_id)
@@ -219,6 +219,7 @@ class Replicas:
             del self._owners[request_id]
         return output
 
+    def step(self) -> list[RequestOutput]:
         """A step of every engine that has work."""
         outputs = [output for engine in self._engines if engine.has_work for output in engine.step()]
         for output in outputs:

@@ -200,6 +200,11 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def is_penalised(self) -> bool:
+        """Whether the tokens so far bear on the next one."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -272,6 +277,8 @@ class RequestMetrics:
     Attributes:
       token_s: for each sample, when each output token became known.
       num_preemptions: summed over samples.
+      num_cached_tokens: leading tokens of the prompt that were not computed, because the cache held them already, when
+        the first sample started.
     """
 
     arrival_s: float
@@ -280,6 +287,7 @@ class RequestMetrics:
     finished_s: float | None = None
     token_s: tuple[tuple[float, ...], ...] = ()
     num_preemptions: int = 0
+    num_cached_tokens: int = 0
 
     @property
     def ttft_s(self) -> float | None:

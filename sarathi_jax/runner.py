@@ -23,7 +23,7 @@ from sarathi_jax.parallel.pipeline import is_local
 from sarathi_jax.parallel.tensor import CACHE_SPEC
 from sarathi_jax.parallel.transfer import Transfer, in_turn, put_everywhere
 from sarathi_jax.sampling import SamplingMirror
-from sarathi_jax.step_program import EVERYWHERE, StepOutput, StepProgram, deliver, scratch_bytes
+from sarathi_jax.step_program import EVERYWHERE, StepOutput, StepProgram, deliver, recall, scratch_bytes
 
 _MAX_COMPILE_THREADS = 4
 
@@ -52,12 +52,14 @@ class MicroBatch:
       buffer: i32[size] from that layout's `pack`.
       sampling: of the sampling parameters what changed since the micro-batch before (`SamplingTable.changes`).
       wanted: which parts of its output will be read.
+      recalled: rows of the last stage's history that are filled before it: of `step_program.recall`.
     """
 
     bucket: int
     buffer: np.ndarray
     sampling: Mapping[str, np.ndarray]
     wanted: Wanted
+    recalled: tuple[np.ndarray, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +84,7 @@ class StageRunner:
       program: what it computes.
       params: dotted path -> array, as `ModelFunction.shapes`.
       programs: compiled, by bucket.
+      recall: compiled, of the last stage; None: nothing is ever recalled.
       mesh: its devices.
       engine, cache: as of the program.
     """
@@ -91,6 +94,7 @@ class StageRunner:
         program: StepProgram,
         params: Mapping[str, jax.Array],
         programs: dict[int, jax.stages.Compiled],
+        recall: jax.stages.Compiled | None,
         mesh: Mesh,
         engine: EngineConfig,
         cache: CacheConfig,
@@ -98,6 +102,7 @@ class StageRunner:
         self.parameter_names = program.parameter_names
         self.params = tuple(params[name] for name in program.parameter_names)
         self.programs = programs
+        self._recall = recall
         self.everywhere = NamedSharding(mesh, EVERYWHERE)
         cache_format = row_major(NamedSharding(mesh, CACHE_SPEC))
         self.cache = allocate_cache(program.cached_model, cache, jnp.dtype(engine.dtype), cache_format)
@@ -113,6 +118,9 @@ class StageRunner:
           hidden: rows of the stage before.
         """
         sampling = None if self._sampling is None else self._sampling.update(batch.sampling)
+        if self._recall is not None:
+            for entry in batch.recalled:
+                self.history = in_turn(self._recall(self.history, self._put(entry)))
         self.cache, self.history, output = self.programs[batch.bucket](
             self.params, self.cache, self.history, hidden, self._put(batch.buffer), sampling
         )
@@ -152,18 +160,18 @@ class Runner:
         device_kind = meshes[0].devices.flat[0].device_kind
         programs = [StepProgram(model, engine, cache, stage, device_kind) for stage in split_layers(model, engine)]
         self.layouts = programs[0].layouts
+        self._entry_shape = programs[0].entry_shape
         self._compiles = CompileCounter()
         self.num_late_compiles = 0
         start_s = time.perf_counter()
-        compiled = _compile_all(_jobs(programs, engine.buckets, meshes), progress)
+        compiled = _compile_all(_jobs(programs, engine, meshes), progress)
         compile_s = time.perf_counter() - start_s
-        self.stages = {
-            i: StageRunner(
-                programs[i], params[i], {b: compiled["step", i, b] for b in engine.buckets}, mesh, engine, cache
-            )
-            for i, mesh in enumerate(meshes)
-            if is_local(mesh)
-        }
+        self.stages = {}
+        for i, mesh in enumerate(meshes):
+            if is_local(mesh):
+                steps = {bucket: compiled["step", i, bucket] for bucket in engine.buckets}
+                recalls = compiled.get(("recall",)) if i == len(meshes) - 1 else None
+                self.stages[i] = StageRunner(programs[i], params[i], steps, recalls, mesh, engine, cache)
         self._transfers = {key[1:]: value for key, value in compiled.items() if key[0] == "transfer"}
         self._return = compiled.get(("return",))
         self._deliver = compiled.get(("deliver",))
@@ -177,6 +185,12 @@ class Runner:
     def answers(self) -> bool:
         """Whether this process tells the others what was drawn: the first that has devices of the last stage."""
         return self._last_process == jax.process_index()
+
+    def history_entry(self, row: int, tokens: Sequence[int]) -> np.ndarray:
+        """For `MicroBatch.recalled`: the known tokens of the sequence that runs in a device row."""
+        entry = np.zeros(self._entry_shape, np.int32)
+        entry[0], entry[1 : len(tokens) + 1] = row, tokens
+        return entry
 
     def tick(self, batch: MicroBatch | None) -> tuple[MicroBatch, StepOutput | None] | None:
         """Lets a micro-batch in, moves all on by one stage, and returns at once.
@@ -222,15 +236,15 @@ class Runner:
 
 
 def _jobs(
-    programs: Sequence[StepProgram], buckets: Sequence[int], meshes: Sequence[Mesh]
+    programs: Sequence[StepProgram], engine: EngineConfig, meshes: Sequence[Mesh]
 ) -> dict[tuple, Callable[[], Any]]:
     """What this process compiles. The largest first: with several cores the last to finish should be small."""
     jobs: dict[tuple, Callable[[], Any]] = {}
-    for bucket in reversed(buckets):
+    for bucket in reversed(engine.buckets):
         for i, (program, mesh) in enumerate(zip(programs, meshes, strict=True)):
             if is_local(mesh):
                 jobs["step", i, bucket] = lambda p=program, b=bucket, m=mesh: p.compile(b, m)
-    for bucket in buckets:
+    for bucket in engine.buckets:
         shape = programs[0].hidden_part(bucket)
         for i in range(1, len(meshes)):
             ends = meshes[i - 1], meshes[i]
@@ -243,15 +257,19 @@ def _jobs(
         if any(map(is_local, ends)):
             jobs["return",] = lambda: Transfer(*ends, shape, np.dtype(np.int32), EVERYWHERE)
         if is_local(meshes[0]):
-            jobs["deliver",] = lambda: _compile_deliver(programs[0], meshes[0])
+            jobs["deliver",] = lambda: _compile_update(deliver, programs[0], programs[0].newest_shape, meshes[0])
+    if engine.prefix_caching and is_local(meshes[-1]):
+        jobs["recall",] = lambda: _compile_update(recall, programs[-1], programs[-1].entry_shape, meshes[-1])
     return jobs
 
 
-def _compile_deliver(program: StepProgram, mesh: Mesh) -> jax.stages.Compiled:
+def _compile_update(
+    update: Callable[[jax.Array, jax.Array], jax.Array], program: StepProgram, shape: tuple[int, ...], mesh: Mesh
+) -> jax.stages.Compiled:
+    """Compiles what changes a stage's history in place by an i32 array of that shape."""
     everywhere = NamedSharding(mesh, EVERYWHERE)
-    shapes = (program.history_shape, program.newest_shape)
-    arguments = [jax.ShapeDtypeStruct(shape, np.int32, sharding=everywhere) for shape in shapes]
-    return jax.jit(deliver, donate_argnums=0).lower(*arguments).compile()
+    arguments = [jax.ShapeDtypeStruct(s, np.int32, sharding=everywhere) for s in (program.history_shape, shape)]
+    return jax.jit(update, donate_argnums=0).lower(*arguments).compile()
 
 
 def _compile_all(jobs: Mapping[tuple, Callable[[], Any]], progress: bool) -> dict[tuple, Any]:

@@ -89,6 +89,11 @@ class StepProgram:
         """Of `StepOutput.newest`."""
         return self._num_rows, 2
 
+    @property
+    def entry_shape(self) -> tuple[int]:
+        """Of what `recall` writes."""
+        return (self._cache.max_model_len + 2,)
+
     def hidden_part(self, bucket: int) -> tuple[int]:
         """Shape of one device's part of the hidden rows between stages, float32."""
         return (-(-bucket * self._model.hidden_size // self._split.size),)
@@ -221,6 +226,16 @@ def deliver(history: jax.Array, newest: jax.Array) -> jax.Array:
       newest: of `StepOutput`.
     """
     return history.at[jnp.arange(history.shape[0]), newest[:, 1]].set(newest[:, 0], mode="drop")
+
+
+def recall(history: jax.Array, entry: jax.Array) -> jax.Array:
+    """Fills a row of the last stage's history for a sequence that starts behind tokens that no step computes for it.
+
+    Args:
+      history: i32[R, L + 1].
+      entry: i32[L + 2], the row and its tokens.
+    """
+    return history.at[entry[0]].set(entry[1:])
 
 
 def scratch_bytes(program: jax.stages.Compiled) -> int:

@@ -182,17 +182,17 @@ class BlockPool:
         Raises:
           BlockError: free and owned blocks do not add up, a block is both, or a key leads elsewhere.
         """
-        num_owned = sum(num_owners > 0 for num_owners in self._num_owners)
+        num_owned = self.num_total - self._num_owners.count(0)
         if self.num_free + num_owned != self.num_total:
             raise BlockError(f"{self.num_free} free + {num_owned} owned blocks are not {self.num_total}")
         free = [*self._free, *self._cached]
-        if len(set(free)) != self.num_free or any(self._num_owners[block_id] for block_id in free):
+        if len(set(free)) != self.num_free or any(map(self._num_owners.__getitem__, free)):
             raise BlockError("a free block is listed twice or has an owner")
         if self._num_shared != sum(self._num_owners) - num_owned:
             raise BlockError(f"{self._num_shared} shared blocks are counted, {sum(self._num_owners) - num_owned} exist")
         if self._ids != {key: block_id for block_id, key in self._keys.items()}:
             raise BlockError("keys and blocks do not belong to each other")
-        if any(block_id in self._keys for block_id in self._free) or any(i not in self._keys for i in self._cached):
+        if not (self._keys.keys().isdisjoint(self._free) and self._cached.keys() <= self._keys.keys()):
             raise BlockError("a free block has a key, or a cached one has none")
 
     def _evict(self) -> int:

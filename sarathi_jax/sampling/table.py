@@ -193,7 +193,6 @@ def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
 
 def _row_values(sequence: Sequence, vocab_size: int) -> dict[str, Any]:
     request, params = sequence.request, sequence.request.params
-    penalised = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1, 0, 0)
     values = {name: value for name, value in _NEUTRAL.items() if name != "allowed"}  # which no flag refers to now
     values["wants_logprobs"] = -1 if params.logprobs is None else params.logprobs
     values["wants_prompt_logprobs"] = -1 if params.prompt_logprobs is None else params.prompt_logprobs
@@ -204,11 +203,11 @@ def _row_values(sequence: Sequence, vocab_size: int) -> dict[str, Any]:
         values["min_p"] = params.min_p
         values["seed"] = request.seed
         values["sample_index"] = sequence.index
-    if penalised:
+    if params.is_penalised:
         values["repetition_penalty"] = np.clip(params.repetition_penalty, _SMALLEST, _LARGEST)
         values["presence_penalty"] = params.presence_penalty
         values["frequency_penalty"] = params.frequency_penalty
-    if penalised or params.min_tokens:
+    if params.is_penalised or params.min_tokens:
         values["num_prompt"] = sequence.num_prompt
     if params.min_tokens:
         # No output is longer than the model's context, so a larger number means the same.

@@ -5,6 +5,7 @@ test needs, and every test builds the scheduler that it wants around it: fewer b
 some of the compiled buckets, a limit on the tokens of a step (chunking), one sequence at a time (the reference).
 """
 
+import collections
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 
 from sarathi_jax.engine import Engine
 from sarathi_jax.executor import DeviceExecutor, Executor
-from sarathi_jax.kv.blocks import BlockPool
+from sarathi_jax.kv.blocks import BlockPool, BlockTable
 from sarathi_jax.llm import LLM
 from sarathi_jax.request import Logprob, RequestOutput, SamplingParams
 from sarathi_jax.sampling import SamplingTable
@@ -78,7 +79,7 @@ class Scripted:
 
 
 class Bench:
-    """An engine that checks after every step that no block is lost or owned twice.
+    """An engine that checks after every step that no block is lost or owned by anyone who does not know.
 
     Args:
       engine: to drive.
@@ -100,8 +101,7 @@ class Bench:
 
     def check_blocks(self) -> None:
         self.pool.check()
-        num_owned = sum(self.scheduler.table(seq.seq_id).num_owned for seq in self.scheduler.running)
-        assert self.pool.num_free + num_owned == self.pool.num_total
+        check_owners(self.pool, [self.scheduler.table(seq.seq_id) for seq in self.scheduler.running])
 
     def check_idle(self) -> None:
         """Nothing runs, nothing waits, every block is free."""
@@ -124,6 +124,13 @@ class Bench:
             self.engine.add_request(str(i), prompt, params)
         finished = self.drain()
         return [finished[str(i)] for i in range(len(asks))]
+
+
+def check_owners(pool: BlockPool, tables: Sequence[BlockTable]) -> None:
+    """Asserts that every block has as many owners as there are tables that hold it, and is free without any."""
+    held = collections.Counter(block_id for table in tables for block_id in table.owned_ids)
+    assert all(pool.num_owners(block_id) == num for block_id, num in held.items())
+    assert pool.num_free + len(held) == pool.num_total
 
 
 class Served:
@@ -151,6 +158,7 @@ class Served:
         chooser: Chooser | None = None,
         scripts: Sequence[Sequence[int]] | None = None,
         policy: Literal["sarathi", "vllm"] = "sarathi",
+        prefix_caching: bool = True,
     ) -> Bench:
         """An engine of its own around the shared programs. Use one at a time: they share the cache.
 
@@ -162,6 +170,7 @@ class Served:
           chooser: limits the tokens of a step.
           scripts: what the samples of every request say, in place of the model.
           policy: who decides what a step computes; `chooser` is for sarathi.
+          prefix_caching: as in `EngineConfig`.
         """
         pool = BlockPool(num_blocks)
         sizes = Sizes(
@@ -169,8 +178,9 @@ class Served:
             buckets=buckets or self.config.buckets,
             max_num_seqs=max_num_seqs,
             window=self.model.cache_window,
-            max_model_len=MAX_LEN,
+            max_model_len=self.llm.cache_config.max_model_len,
             num_stages=self.config.pp,
+            prefix_caching=prefix_caching,
         )
         scheduler = VllmScheduler(pool, **sizes)
         if policy == "sarathi":
@@ -195,9 +205,10 @@ class Served:
         return llm, bench
 
     def alone(self, asks: Sequence[Ask]) -> list[RequestOutput]:
-        """The reference: one sequence at a time, synchronous, each prompt in as few steps as can be, ample blocks."""
+        """The reference: one sequence at a time, synchronous, each prompt in as few steps as can be, ample blocks, of
+        which nobody else has written any."""
         missing = {repr(ask): ask for ask in asks if repr(ask) not in self._references}
-        bench = self.bench(overlap=False, buckets=self.config.buckets[-1:], max_num_seqs=1)
+        bench = self.bench(overlap=False, buckets=self.config.buckets[-1:], max_num_seqs=1, prefix_caching=False)
         outputs = bench.run(list(missing.values()))
         self._references |= dict(zip(missing, outputs, strict=True))
         assert all(output.metrics.num_preemptions == 0 for output in outputs)

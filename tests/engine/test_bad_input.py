@@ -106,7 +106,7 @@ BAD_REQUESTS: dict[str, tuple[Any, Any, str]] = {
 @pytest.fixture
 def watched(decoder: Served) -> Iterator[tuple[LLM, Bench]]:
     """A model that must draw the same tokens after the test as before it, with every block free."""
-    llm, bench = decoder.face()
+    llm, bench = decoder.face(prefix_caching=False)
     ask = (prompt_of(20), drawn(max_tokens=8))
     before = llm.generate(*ask)[0].outputs
     yield llm, bench
