@@ -40,6 +40,7 @@ ROWS = (
         "sarathi_jax.intake",
         "sarathi_jax.engine",
         "sarathi_jax.replica",
+        "sarathi_jax.loading",
         "sarathi_jax.llm",
     ),
     ("sarathi_jax.training",),

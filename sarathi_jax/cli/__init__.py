@@ -8,10 +8,16 @@ from types import ModuleType
 
 from absl import flags
 
-from sarathi_jax.cli import convert, generate, models, train
+from sarathi_jax.cli import convert, generate, models, serve, train
 from sarathi_jax.cli.fields import UsageError, describe, parse
 
-VERBS: dict[str, ModuleType] = {"generate": generate, "models": models, "convert": convert, "train": train}
+VERBS: dict[str, ModuleType] = {
+    "generate": generate,
+    "serve": serve,
+    "models": models,
+    "convert": convert,
+    "train": train,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,6 +88,7 @@ Verbs:
 Examples:
   {program} generate --prompt "The old house"
   {program} generate --input prompts.jsonl --output texts.jsonl
+  {program} serve
   {program} models
 
 {program} VERB --help explains a verb and its flags."""

@@ -36,13 +36,11 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from sarathi_jax.cli.fields import UsageError, define_fields, given_fields
+from sarathi_jax.cli.model_flags import ModelArguments, define_model_flags, model_arguments
 from sarathi_jax.cli.streams import keep_stdout
-from sarathi_jax.config import DTYPES, ConfigError, EngineConfig
-from sarathi_jax.deployment import load_deployment
 from sarathi_jax.jobs.batch import run_job
 from sarathi_jax.jobs.rows import dump, output_fields
 from sarathi_jax.request import RequestError, RequestOutput, SamplingParams
-from sarathi_jax.resources import config_names
 
 if TYPE_CHECKING:
     from sarathi_jax.llm import LLM
@@ -51,7 +49,7 @@ SUMMARY = "writes what comes after a prompt, or answers a file of prompts"
 
 Prompt = str | list[int]
 _DEFAULTS = {"max_tokens": 128}
-_NOT_OF_THE_ENGINE = ("seed", "dtype")  # --seed is the request's; --dtype knows one word more
+_NOT_OF_THE_ENGINE = ("seed",)  # --seed is the request's
 _TEXTS = {
     "include_stop_str_in_output": "the stop string that ended the text is part of it.",
     "structured_outputs": "what the text must look like: a JSON object with one of json (a JSON schema), regex, choice "
@@ -69,45 +67,24 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean("json", False, "print one JSON object a request instead of text.", flag_values=values)
     flags.DEFINE_string("input", None, "batch job: file of JSON lines to answer.", flag_values=values)
     flags.DEFINE_string("output", None, "batch job: file of JSON lines to write or go on with.", flag_values=values)
-    flags.DEFINE_string("model", None, "model folder; without it the small model that ships.", flag_values=values)
-    flags.DEFINE_string(
-        "deployment",
-        None,
-        f"model, mesh and settings from a YAML file, or one of {', '.join(config_names('deployments'))}; flags beside "
-        "it go before what it says.",
-        flag_values=values,
-    )
-    flags.DEFINE_enum(
-        "dtype", "auto", ["auto", *DTYPES], "of weights and cache; auto: as the model is stored.", flag_values=values
-    )
     define_fields(values, SamplingParams, defaults=_DEFAULTS, texts=_TEXTS)
-    define_fields(values, EngineConfig, skip=_NOT_OF_THE_ENGINE)
+    define_model_flags(values, _NOT_OF_THE_ENGINE)
 
 
 def run(values: flags.FlagValues, arguments: Sequence[str]) -> int:
     """Generates; returns the exit status."""
     if arguments:
         raise UsageError(f"unexpected {arguments[0]!r}; a prompt is given as --prompt {arguments[0]!r}")
-    engine = given_fields(values, EngineConfig, skip=_NOT_OF_THE_ENGINE)
-    if values.deployment is not None:
-        try:
-            deployed = load_deployment(values.deployment)
-        except ConfigError as error:
-            raise UsageError(str(error)) from None
-        model, dtype = deployed.pop("model", None), deployed.pop("dtype", values.dtype)
-        values.model = model if values.model is None else values.model
-        values.dtype = values.dtype if values["dtype"].present else dtype
-        engine = deployed | engine
+    model = model_arguments(values, _NOT_OF_THE_ENGINE)
     sampling = given_fields(values, SamplingParams, always=_DEFAULTS)
     try:  # before the model is loaded
-        EngineConfig(**engine)
         params = SamplingParams(**sampling)
-    except (ConfigError, RequestError) as error:
+    except RequestError as error:
         raise UsageError(str(error)) from None
     if values.input or values.output:
-        return _run_job(values, engine, sampling)
+        return _run_job(values, model, sampling)
     prompts = _prompts(values)
-    with _load(values, engine) as llm:
+    with _load(model) as llm:
         if values.json:
             for output in llm.generate(prompts, params, use_tqdm=False):
                 print(dump({"id": output.request_id, **output_fields(output)}), flush=True)
@@ -118,20 +95,19 @@ def run(values: flags.FlagValues, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _load(values: flags.FlagValues, engine: dict[str, Any]) -> "LLM":
+def _load(arguments: ModelArguments) -> "LLM":
     # Here, so that --help and wrong flags are answered without waiting for jax.
     from sarathi_jax.llm import LLM
 
-    if engine.get("hosts", 1) > 1:
+    if arguments.engine.get("hosts", 1) > 1:
         keep_stdout()
-    model = None if values.model is None else Path(values.model).expanduser()
-    llm = LLM(model, dtype=values.dtype, progress=sys.stderr.isatty(), **engine)
+    llm = LLM(arguments.model, dtype=arguments.dtype, progress=sys.stderr.isatty(), **arguments.engine)
     start_up = llm.start_up
     print(f"{start_up.num_programs} programs ready in {start_up.compile_s:.1f} s", file=sys.stderr)
     return llm
 
 
-def _run_job(values: flags.FlagValues, engine: dict[str, Any], sampling: dict[str, Any]) -> int:
+def _run_job(values: flags.FlagValues, model: ModelArguments, sampling: dict[str, Any]) -> int:
     for name in ("input", "output"):
         if not getattr(values, name):
             raise UsageError(f"a batch job needs both --input and --output; --{name} is missing")
@@ -141,7 +117,7 @@ def _run_job(values: flags.FlagValues, engine: dict[str, Any], sampling: dict[st
     source = Path(values.input)
     with open(source, "rb"):  # a missing file is told before the model is loaded
         pass
-    with _load(values, engine) as llm:
+    with _load(model) as llm:
         from sarathi_jax.jobs.service import LLMService
 
         summary = run_job(

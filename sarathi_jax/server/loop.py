@@ -27,7 +27,14 @@ class Steps(Protocol):
     def has_work(self) -> bool: ...
 
     def add_request(
-        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, **more: Any
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        streams: bool = False,
+        priority: int = 0,
+        slo_ms: float | None = None,
     ) -> Request: ...
 
     def abort(self, request_id: str) -> RequestOutput | None: ...
@@ -102,7 +109,7 @@ class EngineLoop:
     Args:
       engine: to drive; nobody else may touch it once `start` was called, except `compile_grammar`.
       step_timeout_s: a step that takes longer is taken for stuck.
-      on_failure: called once in the event loop's thread when the engine has failed, after all requests were told.
+      on_failure: called once when the engine has failed, in the thread that noticed it.
     """
 
     def __init__(self, engine: Steps, *, step_timeout_s: float = 60.0, on_failure: Callable[[], None] | None = None):
@@ -143,16 +150,20 @@ class EngineLoop:
         self._thread.start()
         self._watchdog.start()
 
-    async def stop(self, timeout_s: float = 5.0) -> None:
+    async def stop(self, timeout_s: float = 5.0) -> bool:
         """Ends the thread once its step is over.
 
         Args:
           timeout_s: longest wait for the step.
+
+        Returns:
+          Whether the thread has ended.
         """
         with self._changed:
             self._stopping = True
             self._changed.notify()
         await asyncio.to_thread(self._thread.join, timeout_s)
+        return not self._thread.is_alive()
 
     def compile_grammar(self, asked: StructuredOutputsParams) -> None:
         """As `Engine.compile_grammar`: any thread may call it, and steps go on meanwhile."""
@@ -247,8 +258,15 @@ class EngineLoop:
         requests: list[Request] = []
         try:
             for ask in submission.asks:
-                more = {"streams": ask.streams, "priority": ask.priority, "slo_ms": ask.slo_ms}
-                requests.append(self._engine.add_request(ask.request_id, ask.prompt_token_ids, ask.params, **more))
+                request = self._engine.add_request(
+                    ask.request_id,
+                    ask.prompt_token_ids,
+                    ask.params,
+                    streams=ask.streams,
+                    priority=ask.priority,
+                    slo_ms=ask.slo_ms,
+                )
+                requests.append(request)
         except Exception as error:
             for request in requests:
                 self._engine.abort(request.request_id)
@@ -273,6 +291,8 @@ class EngineLoop:
         """In the engine's thread or the watchdog's, whichever is first."""
         if self._failing.acquire(blocking=False):
             self._call(self._break, EngineFailedError(f"the engine has failed ({reason}); the server starts anew"))
+            if self._on_failure is not None:
+                self._on_failure()
 
     def _call(self, function: Callable[..., None], *arguments: Any) -> None:
         """Runs a function in the event loop's thread."""
@@ -299,8 +319,6 @@ class EngineLoop:
         _log.error(str(failure))
         self.failure = failure
         self.fail_all(failure)
-        if self._on_failure is not None:
-            self._on_failure()
 
 
 def _resolve(future: asyncio.Future[Any], value: Any, error: Exception | None) -> None:
