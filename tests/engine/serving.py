@@ -5,7 +5,6 @@ test needs, and every test builds the scheduler that it wants around it: fewer b
 some of the compiled buckets, a limit on the tokens of a step (chunking), one sequence at a time (the reference).
 """
 
-import collections
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ import numpy as np
 
 from sarathi_jax.engine import Engine
 from sarathi_jax.executor import DeviceExecutor, Executor
-from sarathi_jax.kv.blocks import BlockPool, BlockTable
+from sarathi_jax.kv.blocks import BlockPool
 from sarathi_jax.llm import LLM
 from sarathi_jax.request import Logprob, RequestOutput, SamplingParams
 from sarathi_jax.sampling import SamplingTable
@@ -25,6 +24,7 @@ from sarathi_jax.scheduling.plan import Chooser, StepPlan, StepResult
 from sarathi_jax.scheduling.sarathi import SarathiScheduler
 from sarathi_jax.scheduling.vllm import VllmScheduler
 from sarathi_jax.sequence import Sequence as Sample
+from tests.kv.owners import check_owners
 from tests.tiny_models import write_tiny_model
 from tests.tiny_tokenizers import VOCAB_SIZE, write_tiny_tokenizer
 
@@ -100,7 +100,6 @@ class Bench:
         return outputs
 
     def check_blocks(self) -> None:
-        self.pool.check()
         check_owners(self.pool, [self.scheduler.table(seq.seq_id) for seq in self.scheduler.running])
 
     def check_idle(self) -> None:
@@ -124,13 +123,6 @@ class Bench:
             self.engine.add_request(str(i), prompt, params)
         finished = self.drain()
         return [finished[str(i)] for i in range(len(asks))]
-
-
-def check_owners(pool: BlockPool, tables: Sequence[BlockTable]) -> None:
-    """Asserts that every block has as many owners as there are tables that hold it, and is free without any."""
-    held = collections.Counter(block_id for table in tables for block_id in table.owned_ids)
-    assert all(pool.num_owners(block_id) == num for block_id, num in held.items())
-    assert pool.num_free + len(held) == pool.num_total
 
 
 class Served:

@@ -8,6 +8,7 @@ block table pointed when it was launched.
 
 import collections
 import dataclasses
+from collections.abc import Sequence as Seq
 
 from sarathi_jax.kv.blocks import BlockPool
 from sarathi_jax.request import Request, SamplingParams
@@ -16,6 +17,7 @@ from sarathi_jax.scheduling.plan import Chooser, Chunk, Demand, FillToEdge, Step
 from sarathi_jax.scheduling.sarathi import SarathiScheduler
 from sarathi_jax.scheduling.vllm import VllmScheduler
 from sarathi_jax.sequence import Sequence
+from tests.kv.owners import check_owners
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Arrival:
       step: from which step on it waits.
       stops_at: output length at which a stop token ends it, if not None.
       aborts_after: steps after arrival at which the client leaves, if not None.
+      num_shared: so many of its first tokens, of prompt and output, are those of every other such request.
     """
 
     num_prompt: int
@@ -33,6 +36,11 @@ class Arrival:
     step: int = 0
     stops_at: int | None = None
     aborts_after: int | None = None
+    num_shared: int = 0
+
+    def token(self, seq_id: int, position: int) -> int:
+        """Of the prompt, or what will be drawn."""
+        return position if position < self.num_shared else 1000 * (seq_id + 1) + position
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +63,7 @@ class Case:
     num_stages: int = 1
     chooser: Chooser | None = None
     policy: type[Scheduler] = SarathiScheduler
+    prefix_caching: bool = False
 
     def scheduler(self, pool: BlockPool) -> Scheduler:
         sizes: Sizes = {
@@ -64,6 +73,7 @@ class Case:
             "window": self.window,
             "max_model_len": max(arrival.num_prompt + arrival.max_tokens for arrival in self.arrivals),
             "num_stages": self.num_stages,
+            "prefix_caching": self.prefix_caching,
         }
         if self.policy is SarathiScheduler:
             return SarathiScheduler(pool, chooser=self.chooser, **sizes)
@@ -79,8 +89,10 @@ class Packed:
     """What the device is told of a chunk: nothing that the scheduler may change later.
 
     Attributes:
-      life: how often the sequence had lost its blocks before; an earlier life's keys are not to be read.
+      life: how often the sequence had lost its blocks before; an earlier life's keys are not to be read, unless they
+        may have been cached: then it is 0 always.
       on_device: the chunk's last token is not known on the host.
+      num_shared: of `Arrival`, 0 where nothing may be shared.
     """
 
     chunk: Chunk
@@ -88,6 +100,11 @@ class Packed:
     blocks: tuple[int, ...]
     life: int
     on_device: bool
+    num_shared: int
+
+    def key(self, position: int) -> tuple[int, int, int]:
+        """What stands for the tokens up to that position, wherever they are the same."""
+        return (-1, 0, position) if position < self.num_shared else (self.chunk.seq_id, self.life, position)
 
 
 class Device:
@@ -122,15 +139,16 @@ class Device:
         size, chunk = self.case.block_size, packed.chunk
         end = chunk.start + chunk.length
         for position in range(chunk.start, end):
-            cache[packed.blocks[position // size], position % size] = (chunk.seq_id, packed.life, position)
+            cache[packed.blocks[position // size], position % size] = packed.key(position)
         first = 0 if self.case.window is None else max(0, chunk.start - self.case.window + 1)
         for position in range(first, end):
             key = cache[packed.blocks[position // size], position % size]
-            assert key == (chunk.seq_id, packed.life, position), "a key is lost"
+            assert key == packed.key(position), "a key is lost"
 
 
-def make_sequence(seq_id: int, num_prompt: int, max_tokens: int) -> Sequence:
-    prompt = tuple(range(num_prompt))
+def make_sequence(seq_id: int, num_prompt: int, max_tokens: int, arrival: Arrival | None = None) -> Sequence:
+    """With the tokens of its arrival, else those that count up from 0."""
+    prompt = tuple(range(num_prompt) if arrival is None else (arrival.token(seq_id, i) for i in range(num_prompt)))
     return Sequence(seq_id, Request(str(seq_id), prompt, SamplingParams(), max_tokens, 0, frozenset(), 0.0))
 
 
@@ -142,6 +160,8 @@ class Drive:
       num_preemptions: in all.
       longest_wait: most steps in a row in which a sequence could have decoded but was not let in.
       max_settled: most steps in a row in which the same sequences decoded.
+      num_found: tokens that sequences started behind, summed.
+      max_shared: most owners of blocks beyond the first, at the end of any step.
       is_ample: there are blocks for all at once.
     """
 
@@ -150,12 +170,19 @@ class Drive:
         self.pool = BlockPool(case.num_blocks)
         self.scheduler = case.scheduler(self.pool)
         self.device = Device(case)
-        self.seqs = {i: make_sequence(i, a.num_prompt, a.max_tokens) for i, a in enumerate(case.arrivals)}
+        self.seqs = {i: make_sequence(i, a.num_prompt, a.max_tokens, a) for i, a in enumerate(case.arrivals)}
         self.live: set[int] = set()
         # The model: what the steps launched so far have computed (in this life) and drawn, and when they drew last.
         self.computed = collections.Counter()
         self.drawn = collections.Counter()
         self.drew_in: dict[int, int] = {}
+        # The entries of every running sequence's table, where it started, and the last tokens of all blocks that
+        # launched steps have filled.
+        self.blocks: dict[int, tuple[int, ...]] = {}
+        self.starts = collections.Counter()
+        self.filled: set[tuple[int, int]] = set()
+        self.filling: set[tuple[int, int]] = set()
+        self.num_found, self.max_shared = 0, 0
         self.in_flight: collections.deque[StepPlan | None] = collections.deque()
         self.plans: list[StepPlan | None] = []
         self.num_preemptions, self.num_idle = 0, 0
@@ -194,6 +221,7 @@ class Drive:
                 self.scheduler.add(self.seqs[seq_id])
             if arrival.aborts_after is not None and arrival.step + arrival.aborts_after == now:
                 self.end(seq_id, "abort")
+        self.filled |= self.filling
         before = self.snapshot()
         plan = self.scheduler.schedule()
         self.check(plan, before)
@@ -212,7 +240,7 @@ class Drive:
             seq, arrival = self.seqs[chunk.seq_id], self.case.arrivals[chunk.seq_id]
             if not chunk.samples or chunk.seq_id not in self.live:
                 continue
-            seq.commit(0)
+            seq.commit(arrival.token(chunk.seq_id, len(seq.tokens)))
             if len(seq.output_token_ids) == arrival.stops_at:
                 self.end(chunk.seq_id, "stop")
             elif len(seq.output_token_ids) == arrival.max_tokens:
@@ -240,11 +268,26 @@ class Drive:
         """Whether the sequence's newest token is still on its way through the stages."""
         return len(self.plans) - self.drew_in.get(seq_id, -self.case.num_stages) < self.case.num_stages
 
-    def num_held(self, seq_id: int) -> int:
+    def held(self, seq_id: int) -> set[int]:
         """Blocks that a running sequence still needs for what it has computed."""
         num_computed, window = self.computed[seq_id], self.case.window
         num_left = 0 if window is None else max(0, num_computed - window + 1) // self.case.block_size
-        return -(-num_computed // self.case.block_size) - num_left
+        held = self.blocks[seq_id][num_left : -(-num_computed // self.case.block_size)]
+        assert len(set(held)) == len(held)
+        return set(held)
+
+    def content(self, seq_id: int, position: int) -> tuple[int, int]:
+        """What stands for the tokens up to that position, wherever they are the same."""
+        return (-1, position) if position < self.case.arrivals[seq_id].num_shared else (seq_id, position)
+
+    def num_findable(self, seq_id: int) -> int:
+        """Tokens that a sequence that starts now finds where no block was evicted and no token is late."""
+        if not self.case.prefix_caching:
+            return 0
+        size, num_tokens = self.case.block_size, self.num_tokens(seq_id)
+        ends = range(size, num_tokens, size)
+        missing = (end for end in ends if self.content(seq_id, end - 1) not in self.filled)
+        return next(missing, ends[-1] + size if ends else size) - size
 
     def snapshot(self):
         running = [seq.seq_id for seq in self.scheduler.running]
@@ -271,12 +314,13 @@ class Drive:
         runnable = [i for i in running_before if self.may_run(i)]
         decodes = [i for i in runnable if self.is_decode(i)]
         self.check_decodes(decodes, ids, preempted)
+        running = [seq.seq_id for seq in self.scheduler.running]
+        admitted = sorted(set(running) - set(running_before))
+        self.check_starts(admitted, chunks)
         self.check_sarathi(plan) if case.policy is SarathiScheduler else self.check_vllm(plan)
         self.check_preempted(preempted, ids, runnable, decodes)
 
-        running = [seq.seq_id for seq in self.scheduler.running]
         assert set(running_before) - set(running) == set(preempted)
-        admitted = sorted(set(running) - set(running_before))
         assert admitted == waiting_before[: len(admitted)], "overtaking"
         assert not (admitted and preempted)
         assert len(running) <= case.max_running
@@ -287,10 +331,23 @@ class Drive:
         assert all(seq.row is None for seq in self.scheduler.waiting)
 
         self.device.tick([self.launch(chunk) for chunk in chunks])
-        self.pool.check()
-        tables = [self.scheduler.table(i) for i in running]
-        assert sum(table.num_owned for table in tables) + self.pool.num_free == self.pool.num_total
+        check_owners(self.pool, [self.scheduler.table(i) for i in running])
+        self.blocks = {i: tuple(self.scheduler.table(i).ids) for i in running}
+        self.max_shared = max(self.max_shared, self.pool.num_shared)
         assert all(self.scheduler.table(i).num_owned <= self.scheduler.max_blocks(self.num_tokens(i)) for i in running)
+
+    def check_starts(self, admitted: list[int], chunks: Seq[Chunk]) -> None:
+        """Sequences start behind whole blocks with a token left to compute, and behind all blocks that are there."""
+        starts = {chunk.seq_id: chunk.start for chunk in chunks}
+        for seq_id in admitted:
+            start = starts.get(seq_id, self.seqs[seq_id].num_computed)
+            assert start % self.case.block_size == 0
+            assert start < self.num_tokens(seq_id)
+            assert start == 0 or self.case.prefix_caching
+            if self.is_ample and self.case.window is None and self.case.num_ahead <= 1:
+                assert start == self.num_findable(seq_id), "a block that is there is not found"
+            self.starts[seq_id] = self.computed[seq_id] = start
+            self.num_found += start
 
     def check_decodes(self, decodes: list[int], ids: list[int], preempted) -> None:
         """Nobody who is away comes in; notes who waits and how the steps share those who decode."""
@@ -337,11 +394,12 @@ class Drive:
             assert self.case.num_stages > 1 or not self.waits, "a decode waits"
             return
         assert len(prompts) == len(plan.chunks), "decodes beside prompts"
-        assert sum(chunk.start > 0 for chunk in prompts) <= 1, "two in pieces"
+        starts = self.starts
+        assert sum(chunk.start > starts[chunk.seq_id] for chunk in prompts) <= 1, "two in pieces"
         largest = self.case.buckets[-1]
         for chunk in prompts:
-            is_piece = chunk.start > 0 or not chunk.samples
-            assert not is_piece or self.num_tokens(chunk.seq_id) > largest, "a prompt is cut"
+            is_piece = chunk.start > starts[chunk.seq_id] or not chunk.samples
+            assert not is_piece or self.num_tokens(chunk.seq_id) - starts[chunk.seq_id] > largest, "a prompt is cut"
             assert chunk.samples or chunk.length == largest == plan.num_tokens, "pieces are as large as can be"
 
     def check_preempted(self, preempted, ids: list[int], runnable: list[int], decodes: list[int]) -> None:
@@ -350,7 +408,7 @@ class Drive:
         left = [i for i in runnable if i not in preempted]
         assert not preempted or min(preempted) > max(left), "the latest arrival goes first"
         if preempted:
-            num_free = self.case.num_blocks - sum(self.num_held(i) for i in runnable)
+            num_free = self.case.num_blocks - len(set().union(*map(self.held, runnable)))
             wanted = [i for i in decodes if i in ids or (i in preempted and not self.is_away(i))]
             num_grown = sum(self.computed[i] % self.case.block_size == 0 for i in wanted)
             assert num_grown > num_free, "preempted without need"
@@ -372,7 +430,14 @@ class Drive:
             self.drew_in[chunk.seq_id] = len(self.plans)
         assert seq.row is not None
         blocks = tuple(self.scheduler.table(chunk.seq_id).ids)
-        return Packed(chunk, seq.row, blocks, seq.num_preemptions, end > len(seq.tokens))
+        size, is_caching = self.case.block_size, self.case.prefix_caching
+        for block_id in blocks[chunk.start // size : -(-end // size)]:
+            assert self.pool.num_owners(block_id) == 1, "a shared block is written"
+            assert block_id not in self.pool._keys, "a block that others may find is written"
+        self.filling |= {self.content(chunk.seq_id, i) for i in range(chunk.start, end) if (i + 1) % size == 0}
+        life = 0 if is_caching else seq.num_preemptions
+        num_shared = self.case.arrivals[chunk.seq_id].num_shared if is_caching else 0
+        return Packed(chunk, seq.row, blocks, life, end > len(seq.tokens), num_shared)
 
 
 def timeline(case: Case) -> str:
@@ -409,9 +474,10 @@ def expected_tokens(drive: Drive) -> dict[int, int]:
     decodes = [i for i in runnable if drive.is_decode(i)]
     prefills = [i for i in runnable if not drive.is_decode(i)]
     prefills += [seq.seq_id for seq in drive.scheduler.waiting][: case.max_running - len(running)]
-    wanted = {i: drive.num_tokens(i) - drive.computed[i] for i in prefills}
+    starts = {i: drive.computed[i] if i in running else drive.num_findable(i) for i in prefills}
+    wanted = {i: drive.num_tokens(i) - starts[i] for i in prefills}
     chooser = case.chooser or FillToEdge(case.buckets)
-    demand = Demand(len(decodes), tuple((drive.computed[i], num_tokens) for i, num_tokens in wanted.items()))
+    demand = Demand(len(decodes), tuple((starts[i], num_tokens) for i, num_tokens in wanted.items()))
     left = min(max(chooser(demand), case.buckets[0]), case.buckets[-1]) - len(decodes)
     tokens = dict.fromkeys(decodes, 1)
     for seq_id, num_tokens in wanted.items():

@@ -54,11 +54,25 @@ def choosers(draw, buckets):
 
 
 @st.composite
-def cases(draw, *, slack: str, windowed: bool = False, stages=(1,), policy: type[Scheduler] = SarathiScheduler):
-    """`slack`: blocks for everything at once (ample) or little more than the longest sequence needs (tight)."""
+def cases(
+    draw,
+    *,
+    slack: str,
+    windowed: bool = False,
+    stages=(1,),
+    policy: type[Scheduler] = SarathiScheduler,
+    prefix_caching: bool = False,
+):
+    """`slack`: blocks for everything at once (ample) or little more than the longest sequence needs (tight).
+
+    `prefix_caching`: with requests of which some begin alike, even go on alike.
+    """
     requests, block_size, buckets = draw(arrivals()), draw(st.sampled_from([1, 2, 3, 4, 8])), draw(BUCKETS)
     if policy is VllmScheduler:
         requests = tuple(dataclasses.replace(r, num_prompt=min(r.num_prompt, buckets[-1])) for r in requests)
+    if prefix_caching:
+        shared = st.just(0) | st.integers(1, 60) | st.just(60)
+        requests = tuple(dataclasses.replace(r, num_shared=draw(shared)) for r in requests)
     case = Case(
         requests,
         num_blocks=1,
@@ -70,6 +84,7 @@ def cases(draw, *, slack: str, windowed: bool = False, stages=(1,), policy: type
         num_stages=draw(st.sampled_from(stages)),
         chooser=draw(choosers(buckets)) if policy is SarathiScheduler else None,
         policy=policy,
+        prefix_caching=prefix_caching,
     )
     scheduler = Drive(case).scheduler
     needs = [scheduler.max_blocks(request.num_prompt + request.max_tokens - 1) for request in requests]
