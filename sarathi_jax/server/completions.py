@@ -186,7 +186,12 @@ def count_tokens(generation: Generation, scores: bool = False) -> dict[str, Any]
       scores: the drawn tokens are not shown, so they do not count.
     """
     num_prompt, num_output = generation.num_prompt_tokens, 0 if scores else generation.num_output_tokens
-    return {"prompt_tokens": num_prompt, "completion_tokens": num_output, "total_tokens": num_prompt + num_output}
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_output,
+        "total_tokens": num_prompt + num_output,
+        "prompt_tokens_details": {"cached_tokens": generation.num_cached_tokens},
+    }
 
 
 def token_text(tokenizer: Tokenizer | None, token: int) -> str:

@@ -102,6 +102,7 @@ class Generation:
         self._records = [[SampleRecord(i, r, tokenizer) for i in range(r.params.n)] for r in requests]
         self._num_sent = [[0] * r.params.n for r in requests]
         self._prompt_logprobs: list[Any] = [None] * len(requests)
+        self._num_cached = [0] * len(requests)
         self._timeout_s = timeout_s
         self._ends_at = asyncio.get_running_loop().time() + timeout_s
 
@@ -112,6 +113,11 @@ class Generation:
     @property
     def num_output_tokens(self) -> int:
         return sum(len(record.token_ids) for records in self._records for record in records)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Of the prompts, those that the cache held already."""
+        return sum(self._num_cached)
 
     def samples(self, prompt: int) -> Sequence[SampleRecord]:
         """The samples of a prompt so far."""
@@ -153,6 +159,7 @@ class Generation:
     def _news(self, output: RequestOutput) -> list[Delta]:
         prompt, news = self._index[output.request_id], []
         self._prompt_logprobs[prompt] = output.prompt_logprobs
+        self._num_cached[prompt] = output.metrics.num_cached_tokens
         for record, sample in zip(self._records[prompt], output.outputs, strict=True):
             if record.finish_reason is not None:
                 continue

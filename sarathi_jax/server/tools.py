@@ -111,7 +111,7 @@ class AutoReader:
             pieces.append(_call(self._num_calls, call["name"], _text(call["arguments"])))
             self._num_calls += 1
             self.has_calls = True
-            self._text = self._text[end:].lstrip()
+            self._text = self._text[end:]
         # What may yet turn out to belong to a call is held back, with the white space before it.
         certain = self._text[:start] if start >= 0 else self._text[: len(self._text) - _overlap(self._text)]
         certain = certain.rstrip()
@@ -119,8 +119,7 @@ class AutoReader:
         return pieces + _content(certain)
 
     def finish(self) -> list[Piece]:
-        rest = self._text.strip() if self.has_calls else self._text
-        return _content(rest)
+        return _content(self._text.rstrip() if self.has_calls else self._text)
 
 
 class ToolUse:

@@ -14,7 +14,7 @@ from sarathi_jax.server.front import Front, Limits
 from sarathi_jax.server.front import Served as ServedNames
 from sarathi_jax.server.gate import GateSettings
 from sarathi_jax.server.loop import EngineLoop
-from tests.engine.serving import MAX_LEN, Bench, Served
+from tests.engine.serving import Bench, Served
 
 MODEL = "tiny"
 
@@ -47,7 +47,8 @@ async def running(
     tokenizer = served.tokenizer
     if tokenizer is not None and not tokenizer.has_chat_template:
         tokenizer = tokenizer.with_chat_template(PLAIN_TEMPLATE)
-    front = Front(loop, ServedNames((MODEL,), served.model, MAX_LEN, tokenizer), limits)
+    max_model_len = served.llm.cache_config.max_model_len
+    front = Front(loop, ServedNames((MODEL,), served.model, max_model_len, tokenizer), limits)
     transport = httpx.ASGITransport(create_app(front, gate, **app))
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
         yield client, front
