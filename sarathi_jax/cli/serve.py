@@ -57,7 +57,9 @@ def run(values: flags.FlagValues, arguments: Sequence[str]) -> int:
     # Here, so that --help and wrong flags are answered without waiting for jax.
     from sarathi_jax.loading import load
     from sarathi_jax.server.logs import use_json_logs
+    from sarathi_jax.server.page import page_router
     from sarathi_jax.server.run import bind, serve
+    from sarathi_jax.server.watch import watch
 
     use_json_logs()
     several = model.engine.get("hosts", 1) > 1
@@ -65,14 +67,29 @@ def run(values: flags.FlagValues, arguments: Sequence[str]) -> int:
         keep_stdout()
     # Of several processes the first listens alone, and which one that is turns out while they meet.
     taken = None if several else bind(config)
-    loaded = load(model.model, model.dtype, sys.stderr.isatty(), model.engine)
+    loaded = load(model.model, model.dtype, sys.stderr.isatty(), model.engine, timed=True)
     start_up = loaded.start_up
     print(f"{start_up.num_programs} programs ready in {start_up.compile_s:.1f} s", file=sys.stderr)
+
+    name = config.served_model_name[0] if config.served_model_name else loaded.path.resolve().name
+    watching = watch(loaded, name, config.max_waiting, config.trace_path)
 
     def announce(url: str) -> None:
         print(f"serving at {url}", flush=True)
 
-    return serve(loaded, config, taken or bind(config), announce=announce)
+    try:
+        return serve(
+            loaded,
+            config,
+            taken or bind(config),
+            announce=announce,
+            admit=watching.admission,
+            metrics=watching.metrics.text,
+            refused=watching.refused,
+            routers=[page_router(watching.view)],
+        )
+    finally:
+        watching.close()
 
 
 def _read_config(values: flags.FlagValues, path: Path) -> None:

@@ -21,6 +21,8 @@ class ServerConfig:
       chat_template: file with a Jinja chat template in place of the model's own; none: the model's own, or else a
         dialogue in plain words.
       max_concurrent_requests: samples (prompts times n) that may run or wait at once; more are refused with 429.
+      max_waiting: prompts that may wait for a place in one engine; more are refused with 429, and with the time after
+        which to try again by the measured step times.
       max_connections: connections at once; more are closed.
       max_body_bytes: of a request; a longer one is refused with 413 before it is read.
       header_timeout_s: longest time for the head of a request to come.
@@ -31,6 +33,7 @@ class ServerConfig:
         ends with status 70, so that whoever supervises it starts it anew.
       drain_timeout_s: how long requests may go on after SIGTERM or SIGINT.
       log_requests: write a log line for every request, not only for refused ones.
+      trace_path: file for a trace of every step and request, which ui.perfetto.dev draws; none: no trace is written.
 
     Raises:
       ConfigError: a value that makes no sense.
@@ -42,6 +45,7 @@ class ServerConfig:
     api_key: Sequence[str] = ()
     chat_template: Path | None = None
     max_concurrent_requests: int = 256
+    max_waiting: int = 128
     max_connections: int = 768
     max_body_bytes: int = 4 << 20
     header_timeout_s: float = 10.0
@@ -51,11 +55,12 @@ class ServerConfig:
     step_timeout_s: float = 60.0
     drain_timeout_s: float = 30.0
     log_requests: bool = True
+    trace_path: Path | None = None
 
     def __post_init__(self):
         if self.port not in range(65536):
             raise ConfigError(f"port={self.port} must lie between 0 and 65535")
-        for name in ("max_concurrent_requests", "max_connections", "max_body_bytes"):
+        for name in ("max_concurrent_requests", "max_waiting", "max_connections", "max_body_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be positive")
         for field in dataclasses.fields(self):
