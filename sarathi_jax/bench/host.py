@@ -55,6 +55,7 @@ def step_seconds(num_seqs: int, num_steps: int) -> list[float]:
         max_num_seqs=num_seqs,
         window=None,
         max_model_len=cache.max_model_len,
+        prefix_caching=config.prefix_caching,
     )
     sequences: dict[int, TokenSequence] = {}
     layouts = {bucket: BatchLayout(bucket, num_seqs, cache) for bucket in config.buckets}

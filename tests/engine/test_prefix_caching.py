@@ -182,7 +182,9 @@ def test_recalled_rows_reach_the_other_processes():
 @pytest.mark.slow
 def test_a_document_of_1500_tokens(tmp_path, parity: Parity):
     """The second question about it computes the question and what does not fill a block."""
-    served = build("llama3.1", tmp_path, max_model_len=1600, token_buckets=(64, 512))
+    served = build(
+        "llama3.1", tmp_path, changes={"max_position_embeddings": 2048}, max_model_len=1600, token_buckets=(64, 512)
+    )
     document = prompt_of(1500)
     asks = [(document + prompt_of(20, key), greedy(max_tokens=4)) for key in range(2)]
     bench = served.bench(overlap=False)
@@ -197,7 +199,7 @@ def test_a_document_of_1500_tokens(tmp_path, parity: Parity):
 
 @pytest.mark.slow
 @pytest.mark.parallel
-@pytest.mark.parametrize(("name", "tp"), [("mistral", 1), ("falcon-40b", 1), ("falcon-40b", 2)])
+@pytest.mark.parametrize(("name", "tp"), [("mistral", 1), ("falcon-40b", 2)])
 def test_in_a_pipeline(tmp_path, parity: Parity, name: str, tp: int):
     """The last stage recalls history that only the first one's host knows."""
     changes = {"num_attention_heads": 8, "hidden_size": 128, "num_hidden_layers": 4}
