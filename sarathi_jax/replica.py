@@ -105,6 +105,8 @@ def start_replica(
     if hosts is not None:
         cache = dataclasses.replace(cache, num_blocks=hosts.minimum(cache.num_blocks))
     runner = Runner(model, params, engine, cache, meshes, progress)
+    if hosts is not None:
+        hosts.meet()  # compiling takes one longer than another
     times, is_leader = None, hosts is None or hosts.is_leader
     if is_leader and (timed or engine.tbt_slo_ms is not None or engine.ttft_slo_ms is not None):
         times = StepTimes(latency_table(model, engine, cache, runner, hosts, progress))

@@ -122,6 +122,10 @@ class Hosts:
         """The smallest of the values that the processes pass; all of them must call this."""
         return min(map(int, self._exchange(str(value))))
 
+    def meet(self) -> None:
+        """Waits until all processes have come here: their first exchange on the devices waits 30 s at most."""
+        self._exchange("")
+
     def close(self) -> None:
         """Ends the replica in order and waits until all processes do so; safe to call twice.
 
