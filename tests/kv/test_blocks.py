@@ -127,6 +127,16 @@ def test_the_end_is_evicted_before_the_beginning():
         assert pool.find(keys).num_blocks == num_left
 
 
+def test_the_least_recently_used_is_evicted_first():
+    pool, keys = BlockPool(3), [b"a", b"b", b"c"]
+    ids = pool.allocate(3)
+    for block_id, key in zip(ids, keys, strict=True):
+        pool.register(block_id, key)
+    pool.free(ids)
+    assert pool.find(keys[:1]).ids == (0,)
+    assert [pool.allocate(1) for _ in range(3)] == [[1], [2], [0]]
+
+
 def test_pool_shares_only_what_holds_something():
     pool = BlockPool(2)
     with pytest.raises(BlockError, match="block 1 is shared but holds nothing"):

@@ -92,3 +92,27 @@ def test_a_window_needs_only_what_it_sees():
     case = Case(arrivals, num_blocks=9, block_size=4, buckets=(4, 8), window=14, prefix_caching=True)
     drive = Drive(case).run()
     assert [drive.starts[i] for i in range(3)] == [0, 56, 0]
+
+
+def running(case: Case, num_steps: int) -> list[int]:
+    """Who runs after so many steps."""
+    drive = Drive(case)
+    for _ in range(num_steps):
+        drive.step()
+    return [seq.seq_id for seq in drive.scheduler.running]
+
+
+@pytest.mark.parametrize(("num_blocks", "expected"), [(10, [0]), (11, [0, 1])])
+def test_shared_blocks_cost_nothing(num_blocks, expected):
+    """The second prompt needs one block beside the eight that it shares, and the watermark of one."""
+    arrivals = (Arrival(33, 3, num_shared=32), Arrival(33, 3, step=1, num_shared=32))
+    case = Case(arrivals, num_blocks=num_blocks, block_size=4, buckets=(4, 64), prefix_caching=True)
+    assert running(case, 2) == expected
+
+
+@pytest.mark.parametrize(("num_blocks", "expected"), [(13, [0, 1]), (14, [0, 1, 2])])
+def test_shared_blocks_count_twice_below_a_window(num_blocks, expected):
+    """Two decodes hold three blocks each, two of them in common; the third may come to hold seven of its own."""
+    arrivals = (Arrival(33, 9, num_shared=33), Arrival(33, 9, step=3, num_shared=33), Arrival(64, 1, step=4))
+    case = Case(arrivals, num_blocks=num_blocks, block_size=4, buckets=(4, 16), window=8, prefix_caching=True)
+    assert running(case, 5) == expected
