@@ -81,9 +81,9 @@ def test_chunked(served: Served, parity: Parity):
 @pytest.mark.parametrize("overlap", [True, False])
 def test_preempted(served: Served, parity: Parity, overlap: bool, policy):
     """Few blocks: some are evicted, some are found again by the sequence that lost them."""
-    asks = [(prompt[:62], dataclasses.replace(params, max_tokens=40)) for prompt, params in ASKS]
-    bench = served.bench(overlap=overlap, num_blocks=24, policy=policy)
-    outputs = run_in_turn(bench, asks, 4)
+    asks = [(prompt[:20], dataclasses.replace(params, max_tokens=50)) for prompt, params in ASKS]
+    bench = served.bench(overlap=overlap, num_blocks=13, policy=policy)
+    outputs = run_in_turn(bench, asks, 2)
     assert sum(output.metrics.num_preemptions for output in outputs) >= 1
     parity.check(outputs, served.alone(asks))
     assert bench.scheduler.state.num_prefix_hits > 0
