@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+_MAX_MESSAGE = 1000  # it may quote what the client sent
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -54,6 +55,7 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after_s: float | None = None,
     ):
+        message = message if len(message) <= _MAX_MESSAGE else f"{message[:_MAX_MESSAGE]}..."
         super().__init__(message)
         self.status = status
         self.retry_after_s = retry_after_s
@@ -98,9 +100,9 @@ async def answer_invalid(request: Request, error: Exception) -> JSONResponse:
     path = [part for part in first["loc"] if part != "body"]
     name = str(path[0]) if path else None
     match first["type"]:
-        case "extra_forbidden":
-            where = ".".join(map(str, path))
-            message, code = f"{where} is not a field that this server honours: leave it out", "unknown_parameter"
+        case "unknown_field":
+            name = name or first["ctx"]["name"]
+            message, code = ".".join([*map(str, path), first["msg"]]), "unknown_parameter"
         case "missing" if name is None:
             message, code = "the request has no JSON body", "invalid_json"
         case "missing":

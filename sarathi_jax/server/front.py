@@ -300,6 +300,7 @@ class Front:
           ApiError: the call cannot be served, or not now.
         """
         _check_stops(params)
+        self._check_lengths(prompts)
         if params.structured_outputs is not None:
             await self.run(self.loop.compile_grammar, params.structured_outputs)
         self.check_room(len(prompts) * params.n)
@@ -324,6 +325,18 @@ class Front:
             raise unavailable(str(error), "engine_failed") from None
         requests = [dataclasses.replace(request, params=params) for request in requests]
         return Generation(self.loop, inbox, requests, self.served.tokenizer, self._limits.request_timeout_s)
+
+    def _check_lengths(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Refuses a prompt that can never fit before the engine's thread looks at each of its tokens."""
+        most, longest = self.served.max_model_len, max(map(len, prompts), default=0)
+        if longest >= most:
+            raise ApiError(
+                400,
+                f"the prompt has {longest} tokens; max_model_len={most} leaves room for {most - 1} and one of output: "
+                "shorten the prompt",
+                param="prompt",
+                code="context_length_exceeded",
+            )
 
 
 def refusal(error: Exception) -> ApiError:

@@ -1,15 +1,21 @@
-"""The bodies of requests. A field that is not here is refused by its name; a null means the field's default."""
+"""The bodies of requests. A field that is not here is refused by its name; a null means the field's default.
+
+Checking stops at the first thing that is wrong in a list: listing a million of them would keep everybody else waiting.
+"""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from sarathi_jax.request import MAX_LOGPROBS, MAX_SEED, RequestError, SamplingParams
+from sarathi_jax.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_SEED, RequestError, SamplingParams
 from sarathi_jax.server.front import refusal
 
 MAX_PRIORITY = 2**31
 _Priority = Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
 _Token = Annotated[int, Field(ge=0)]
+_Tokens = Annotated[list[_Token], FailFast()]
+_Texts = Annotated[list[str], FailFast()]
 # Handed to `SamplingParams` as they are.
 _SAMPLING = (
     "n",
@@ -31,10 +37,27 @@ _SAMPLING = (
 )
 
 
+def _few(given: Any) -> Any:
+    if isinstance(given, dict) and len(given) > MAX_LOGIT_BIAS:
+        raise PydanticCustomError("too_many", "at most {most} entries are served", {"most": MAX_LOGIT_BIAS})
+    return given
+
+
 class Body(BaseModel):
     """What all have in common."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, given: Any) -> Any:
+        """Refuses the first unknown field."""
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = next((name for name in given if name not in known), None) if isinstance(given, dict) else None
+        if unknown is not None:
+            message = "{name} is not a field that this server honours: leave it out"
+            raise PydanticCustomError("unknown_field", message, {"name": unknown[:100]})
+        return given
 
 
 class StreamOptions(Body):
@@ -53,10 +76,10 @@ class SamplingBody(Body):
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
-    stop: str | list[str] | None = None
+    stop: str | _Texts | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], BeforeValidator(_few)] | None = None
     user: str | None = None
     # Beyond OpenAI's.
     top_k: Annotated[int, Field(ge=-1)] | None = None
@@ -64,7 +87,7 @@ class SamplingBody(Body):
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[_Token] | None = None
+    stop_token_ids: _Tokens | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     structured_outputs: dict[str, Any] | None = None
@@ -99,7 +122,7 @@ class SamplingBody(Body):
 class CompletionBody(SamplingBody):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[_Token] | list[list[_Token]]
+    prompt: str | _Tokens | _Texts | Annotated[list[_Tokens], FailFast()]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     best_of: int | None = None
     echo: bool | None = None
@@ -133,9 +156,9 @@ class Message(Body):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], FailFast()] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], FailFast()] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
 
@@ -189,13 +212,13 @@ class NamedToolChoice(Body):
 class ChatBody(SamplingBody):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], FailFast(), Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
 
@@ -205,7 +228,7 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1)] | None = None
     add_special_tokens: bool | None = None
 
 
@@ -213,7 +236,7 @@ class DetokenizeBody(Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[_Token]
+    tokens: _Tokens
 
 
 def _biases(given: dict[str, float]) -> dict[int, float]:

@@ -1,6 +1,7 @@
 """`/v1/chat/completions`: templates, shapes of answers, tool calls, log-probabilities."""
 
 import json
+from typing import Any
 
 import jsonschema
 import pytest
@@ -14,15 +15,15 @@ from tests.server.test_completions import post
 
 PATH = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "the cat"}]
-BODY = {"model": MODEL, "messages": MESSAGES, "temperature": 0, "max_tokens": 10}
-CITY = {
+BODY: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "temperature": 0, "max_tokens": 10}
+CITY: dict[str, Any] = {
     "type": "object",
     "properties": {"city": {"$ref": "#/$defs/city"}},
     "required": ["city"],
     "additionalProperties": False,
     "$defs": {"city": {"enum": ["rome", "oslo"]}},
 }
-TOOLS = [
+TOOLS: list[Any] = [
     {"type": "function", "function": {"name": "weather", "parameters": CITY}},
     {"type": "function", "function": {"name": "stop"}},
 ]
@@ -71,7 +72,7 @@ def test_logprobs(tiny):
 
 
 def test_response_format(tiny):
-    schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
+    schema: dict[str, Any] = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
     schema["additionalProperties"] = False
     formats = [{"type": "json_schema", "json_schema": {"name": "thing", "schema": schema}}, {"type": "text"}]
     shaped, plain = post(tiny, *[BODY | {"max_tokens": 60, "response_format": f} for f in formats], path=PATH)

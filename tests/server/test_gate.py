@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import time
 
 import pytest
 
@@ -125,3 +126,28 @@ def test_models(tiny, path):
     found, status = with_server(tiny, talk)
     model = found["data"][0] if "data" in found else found
     assert (model["id"], model["max_model_len"], status) == (MODEL, 512, 404)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": [1.5] * 300_000},
+        {"prompt": [[1.5]] * 300_000},
+        {"prompt": [5] * 300_000},
+        {"stop": [1] * 300_000},
+        {"logit_bias": {str(i): "x" for i in range(100_000)}},
+        {str(i): 1 for i in range(100_000)},
+    ],
+    ids=["tokens", "lists", "long", "stops", "biases", "names"],
+)
+def test_many_mistakes_cost_no_more_than_one(tiny, fields):
+    async def talk(client, front):
+        content = json.dumps(BODY | fields)
+        began_s = time.process_time()
+        answer = await client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+        return answer, time.process_time() - began_s
+
+    answer, seconds = with_server(tiny, talk)
+    assert answer.status_code == 400
+    assert len(answer.content) < 2000
+    assert seconds < 1

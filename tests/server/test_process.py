@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import openai
@@ -36,7 +37,7 @@ def library(tiny: Served, **params) -> list:
     return llm.generate(PROMPT, SamplingParams(**params), use_tqdm=False)[0].outputs
 
 
-OPTIONS = [
+OPTIONS: list[dict[str, Any]] = [
     {"max_tokens": 20, "temperature": 0},
     {"max_tokens": 10, "temperature": 0.8, "top_p": 0.9, "seed": 7, "n": 3},
     {"max_tokens": 30, "temperature": 0, "stop": ["e "], "presence_penalty": 0.5, "frequency_penalty": 0.5},
@@ -44,7 +45,7 @@ OPTIONS = [
 ]
 
 
-def params_of(options: dict) -> dict:
+def params_of(options: dict[str, Any]) -> dict[str, Any]:
     return options | ({"logit_bias": {40: 3.0}} if "logit_bias" in options else {})
 
 
@@ -74,7 +75,7 @@ def test_async_client_with_chats(tiny, server):
     async def talk() -> None:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="key", max_retries=0) as client:
             create = client.chat.completions.create
-            common = {"model": "tiny", "messages": MESSAGES, "temperature": 0, "max_tokens": 12}
+            common: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "temperature": 0, "max_tokens": 12}
             whole = await create(**common, logprobs=True, top_logprobs=3)
             assert whole.choices[0].message.content == expected
             assert len(whole.choices[0].logprobs.content[0].top_logprobs) == 3
@@ -84,7 +85,7 @@ def test_async_client_with_chats(tiny, server):
             assert called.choices[0].finish_reason in ("tool_calls", "length")
             for call in called.choices[0].message.tool_calls or ():
                 json.loads(call.function.arguments)
-            shape = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
+            shape: Any = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
             shaped = await create(**common | {"max_tokens": 100}, response_format=shape)
             assert json.loads(shaped.choices[0].message.content)["city"] in ("rome", "oslo")
             models = await client.models.list()
