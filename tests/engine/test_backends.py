@@ -39,7 +39,8 @@ def test_same_tokens_as_xla(backend, monkeypatch):
     dtype = (BACKENDS[backend].dtypes or ("float32",))[0]
     wanted = expected(dtype)
     monkeypatch.setattr(runner, "check_platform", lambda backend, platform: None)
-    monkeypatch.setattr(step_program, "ragged_paged_attention", functools.partial(ragged_paged_attention, interpret=True))
+    interpreted = functools.partial(ragged_paged_attention, interpret=True)
+    monkeypatch.setattr(step_program, "ragged_paged_attention", interpreted)
     assert serve(backend, dtype) == wanted
 
 
