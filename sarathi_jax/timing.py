@@ -137,7 +137,8 @@ def _sample(plan: StepPlan, cache: CacheConfig) -> _Sample:
         sequences[row] = seq = Sample(row, request)
         seq.row = row
         tables[row] = BlockTable(pool, cache.block_size)
-        assert tables[row].ensure(end)
+        has_grown = tables[row].ensure(end)
+        assert has_grown
     return _Sample(plan, sequences, tables)
 
 

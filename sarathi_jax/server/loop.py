@@ -238,7 +238,7 @@ class EngineLoop:
                     self._step_began_s = None
                     if outputs:
                         self._call(self._deliver, outputs)
-        except Exception as error:
+        except Exception as error:  # whatever it is: nobody may wait for an engine that stands still
             _log.exception("the engine failed")
             self._fail(f"{type(error).__name__}: {error}")
 
@@ -267,7 +267,7 @@ class EngineLoop:
                     slo_ms=ask.slo_ms,
                 )
                 requests.append(request)
-        except Exception as error:
+        except Exception as error:  # of one call alone: whoever made it gets it, the others go on
             for request in requests:
                 self._engine.abort(request.request_id)
             if isinstance(error, RequestError) and len(submission.asks) > 1:
