@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import openai
 import pytest
 
 from tests.engine.serving import Served, build
@@ -25,3 +26,10 @@ def server(tiny: Served) -> Iterator[Process]:
         yield process
         process.signal()
         assert process.wait() == 0
+
+
+@pytest.fixture
+def client(server: Process) -> Iterator[openai.OpenAI]:
+    """OpenAI's own, of that process."""
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="key", max_retries=0) as client:
+        yield client

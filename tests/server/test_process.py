@@ -1,6 +1,5 @@
-"""A server as its operator sees it: a process that clients of all kinds talk to."""
+"""A server as its operator sees it: a process, its signals, its end, and clients that mean no good."""
 
-import asyncio
 import concurrent.futures
 import contextlib
 import json
@@ -9,99 +8,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from sarathi_jax.request import SamplingParams
-from tests.engine.serving import Served
-from tests.server.processes import REPO, Process, serve, started
-from tests.server.test_chat import CITY, MESSAGES, TOOLS
+from tests.server.processes import REPO, serve, started
 
 pytestmark = pytest.mark.slow
 
 PROMPT = "the quick brown fox"
-
-
-@pytest.fixture
-def client(server: Process) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="key", max_retries=0) as client:
-        yield client
-
-
-def library(tiny: Served, **params) -> list:
-    llm, _ = tiny.face(num_blocks=256)
-    return llm.generate(PROMPT, SamplingParams(**params), use_tqdm=False)[0].outputs
-
-
-OPTIONS: list[dict[str, Any]] = [
-    {"max_tokens": 20, "temperature": 0},
-    {"max_tokens": 10, "temperature": 0.8, "top_p": 0.9, "seed": 7, "n": 3},
-    {"max_tokens": 30, "temperature": 0, "stop": ["e "], "presence_penalty": 0.5, "frequency_penalty": 0.5},
-    {"max_tokens": 6, "temperature": 0, "logit_bias": {"40": 3.0}, "logprobs": 2},
-]
-
-
-def params_of(options: dict[str, Any]) -> dict[str, Any]:
-    return options | ({"logit_bias": {40: 3.0}} if "logit_bias" in options else {})
-
-
-def test_completions_of_the_client(tiny, client):
-    for options in OPTIONS:
-        expected = library(tiny, **params_of(options))
-        answer = client.completions.create(model="tiny", prompt=PROMPT, **options)
-        assert [choice.text for choice in answer.choices] == [sample.text for sample in expected]
-        assert [choice.finish_reason for choice in answer.choices] == [sample.finish_reason for sample in expected]
-        texts = [""] * len(expected)
-        stream = client.completions.create(
-            model="tiny", prompt=PROMPT, stream=True, stream_options={"include_usage": True}, **options
-        )
-        usage = None
-        for chunk in stream:
-            usage = chunk.usage or usage
-            for choice in chunk.choices:
-                texts[choice.index] += choice.text
-        assert texts == [sample.text for sample in expected]
-        assert usage == answer.usage or usage.completion_tokens == answer.usage.completion_tokens
-
-
-def test_async_client_with_chats(tiny, server):
-    llm, _ = tiny.face(num_blocks=256)
-    expected = llm.chat(MESSAGES, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)[0].outputs[0].text
-
-    async def talk() -> None:
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="key", max_retries=0) as client:
-            create = client.chat.completions.create
-            common: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "temperature": 0, "max_tokens": 12}
-            whole = await create(**common, logprobs=True, top_logprobs=3)
-            assert whole.choices[0].message.content == expected
-            assert len(whole.choices[0].logprobs.content[0].top_logprobs) == 3
-            stream = await create(**common, stream=True)
-            assert "".join([c.choices[0].delta.content or "" async for c in stream]) == expected
-            called = await create(**common | {"max_tokens": 200}, tools=TOOLS, tool_choice="required")
-            assert called.choices[0].finish_reason in ("tool_calls", "length")
-            for call in called.choices[0].message.tool_calls or ():
-                json.loads(call.function.arguments)
-            shape: Any = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
-            shaped = await create(**common | {"max_tokens": 100}, response_format=shape)
-            assert json.loads(shaped.choices[0].message.content)["city"] in ("rome", "oslo")
-            models = await client.models.list()
-            assert [model.id for model in models.data] == ["tiny"]
-            assert (await client.models.retrieve("tiny")).id == "tiny"
-
-    asyncio.run(talk())
-
-
-def test_errors_of_the_client(server, client):
-    with pytest.raises(openai.NotFoundError):
-        client.completions.create(model="other", prompt="x")
-    with pytest.raises(openai.BadRequestError, match="suffix"):
-        client.completions.create(model="tiny", prompt="x", suffix="y")
-    with pytest.raises(openai.AuthenticationError):
-        openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0).models.list()
 
 
 def ticks(client: openai.OpenAI, stop: concurrent.futures.Future) -> list[float]:
