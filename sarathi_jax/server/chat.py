@@ -6,12 +6,13 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from sarathi_jax.request import Logprob, RequestError, StructuredOutputsParams
+from sarathi_jax.server.calls import message_of
 from sarathi_jax.server.completions import count_tokens, token_text
 from sarathi_jax.server.errors import ApiError
 from sarathi_jax.server.front import Front, Generation, refusal
 from sarathi_jax.server.schemas import ChatBody, Message
 from sarathi_jax.server.streams import DONE, event
-from sarathi_jax.server.tools import ToolUse, instructions, message_of
+from sarathi_jax.server.tools import ToolUse, instructions
 from sarathi_jax.tokenizer import Tokenizer
 
 PLAIN_TEMPLATE = """{{ bos_token }}{% for message in messages -%}
@@ -107,7 +108,7 @@ class ChatAnswer:
                 "index": record.index,
                 "message": message,
                 "logprobs": self._logprobs(output.token_ids, output.logprobs),
-                "finish_reason": _reason(output.finish_reason, reader.has_calls),
+                "finish_reason": _reason(output.finish_reason, reader.calls_are_complete),
                 "stop_reason": output.stop_reason,
             }
             if self._body.return_token_ids:
@@ -143,7 +144,7 @@ class ChatAnswer:
                         if is_last:
                             choice["logprobs"] = self._logprobs(delta.token_ids, delta.logprobs)
                             if ends:
-                                choice["finish_reason"] = _reason(delta.finish_reason, reader.has_calls)
+                                choice["finish_reason"] = _reason(delta.finish_reason, reader.calls_are_complete)
                                 choice["stop_reason"] = delta.stop_reason
                             if self._body.return_token_ids:
                                 choice["token_ids"] = list(delta.token_ids)
@@ -245,5 +246,5 @@ def _constraint(body: ChatBody, tools: ToolUse) -> StructuredOutputsParams | Non
     return shape or called
 
 
-def _reason(reason: str | None, has_calls: bool) -> str | None:
-    return "tool_calls" if has_calls and reason == "stop" else reason
+def _reason(reason: str | None, calls_are_complete: bool) -> str | None:
+    return "tool_calls" if calls_are_complete and reason == "stop" else reason

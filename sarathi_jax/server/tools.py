@@ -1,4 +1,4 @@
-"""Tool calls: the grammar that makes them parse, and their parsing.
+"""Tool calls: the grammar that makes them parse; `calls` reads them.
 
 - A named function: the whole text is its arguments, by its JSON schema.
 - `required`: the whole text is a JSON array of calls.
@@ -8,118 +8,19 @@
 """
 
 import json
-import uuid
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from sarathi_jax.request import StructuredOutputsParams
+from sarathi_jax.server.calls import CLOSE, OPEN, NamedReader, PlainReader, Reader, auto_reader, required_reader
 from sarathi_jax.server.errors import ApiError
 from sarathi_jax.server.schemas import ChatBody, FunctionDefinition, NamedToolChoice
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
 MAX_CALLS = 16
 """Most calls of one answer with `required`."""
 
 # As the models have seen JSON: one space behind commas and colons.
 _SPACED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-
-type Piece = dict[str, Any]
-"""Part of a message, as the `delta` of a stream has it."""
-
-
-class Reader(Protocol):
-    """Turns the text of a sample into parts of a message."""
-
-    has_calls: bool
-
-    def push(self, text: str) -> list[Piece]:
-        """Takes further text; returns what is certain now."""
-        ...
-
-    def finish(self) -> list[Piece]:
-        """The rest."""
-        ...
-
-
-class PlainReader:
-    """Text is content."""
-
-    has_calls = False
-
-    def push(self, text: str) -> list[Piece]:
-        return [{"content": text}] if text else []
-
-    def finish(self) -> list[Piece]:
-        return []
-
-
-class NamedReader:
-    """Text is the arguments of one call."""
-
-    def __init__(self, name: str):
-        self.has_calls = False
-        self._name = name
-
-    def push(self, text: str) -> list[Piece]:
-        if not text:
-            return []
-        if self.has_calls:
-            return [{"tool_calls": [{"index": 0, "function": {"arguments": text}}]}]
-        self.has_calls = True
-        return [_call(0, self._name, text)]
-
-    def finish(self) -> list[Piece]:
-        return []
-
-
-class RequiredReader:
-    """Text is a JSON array of calls, told when it is complete."""
-
-    def __init__(self):
-        self.has_calls = False
-        self._text = ""
-
-    def push(self, text: str) -> list[Piece]:
-        self._text += text
-        return []
-
-    def finish(self) -> list[Piece]:
-        try:
-            calls = json.loads(self._text)
-        except ValueError:  # cut off by the length
-            return [{"content": self._text}] if self._text else []
-        self.has_calls = True
-        return [_call(i, call["name"], _text(call["arguments"])) for i, call in enumerate(calls)]
-
-
-class AutoReader:
-    """Text is content with calls in it; a call is told when it is complete."""
-
-    def __init__(self):
-        self.has_calls = False
-        self._num_calls = 0
-        self._text = ""
-
-    def push(self, text: str) -> list[Piece]:
-        self._text += text
-        pieces: list[Piece] = []
-        while (start := self._text.find(OPEN)) >= 0:
-            call, end = _read_call(self._text, start + len(OPEN))
-            if call is None:
-                break
-            pieces += _content(self._text[:start].rstrip())
-            pieces.append(_call(self._num_calls, call["name"], _text(call["arguments"])))
-            self._num_calls += 1
-            self.has_calls = True
-            self._text = self._text[end:]
-        # What may yet turn out to belong to a call is held back, with the white space before it.
-        certain = self._text[:start] if start >= 0 else self._text[: len(self._text) - _overlap(self._text)]
-        certain = certain.rstrip()
-        self._text = self._text[len(certain) :]
-        return pieces + _content(certain)
-
-    def finish(self) -> list[Piece]:
-        return _content(self._text.rstrip() if self.has_calls else self._text)
 
 
 class ToolUse:
@@ -183,8 +84,8 @@ class ToolUse:
         if self._named is not None:
             return NamedReader(self._named)
         if self._choice == "required":
-            return RequiredReader()
-        return AutoReader() if self._choice == "auto" else PlainReader()
+            return required_reader()
+        return auto_reader() if self._choice == "auto" else PlainReader()
 
 
 def instructions(tools: Sequence[dict[str, Any]]) -> str:
@@ -192,56 +93,6 @@ def instructions(tools: Sequence[dict[str, Any]]) -> str:
     lines = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
     example = '{"name": NAME, "arguments": {...}}'
     return f"You may call these functions:\n{lines}\nTo call one, write\n{OPEN}\n{example}\n{CLOSE}"
-
-
-def message_of(pieces: Sequence[Piece]) -> dict[str, Any]:
-    """A whole message out of its parts."""
-    content, calls = "", []
-    for piece in pieces:
-        content += piece.get("content", "")
-        for call in piece.get("tool_calls", ()):
-            if call["index"] == len(calls):
-                calls.append({name: value for name, value in call.items() if name != "index"})
-            else:
-                calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
-    message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
-    return message | ({"tool_calls": calls} if calls else {})
-
-
-def _call(index: int, name: str, arguments: str) -> Piece:
-    function = {"name": name, "arguments": arguments}
-    return {
-        "tool_calls": [
-            {"index": index, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
-        ]
-    }
-
-
-def _content(text: str) -> list[Piece]:
-    return [{"content": text}] if text else []
-
-
-def _text(arguments: Any) -> str:
-    return json.dumps(arguments, ensure_ascii=False)
-
-
-def _read_call(text: str, start: int) -> tuple[dict[str, Any] | None, int]:
-    """The call that begins at `start` and where it ends; None while it is not complete."""
-    while start < len(text) and text[start].isspace():
-        start += 1
-    try:
-        call, end = json.JSONDecoder().raw_decode(text, start)
-    except (ValueError, RecursionError):
-        return None, start
-    closing = text.find(CLOSE, end)
-    if closing < 0 or not isinstance(call, dict) or not {"name", "arguments"} <= call.keys():
-        return None, start
-    return call, closing + len(CLOSE)
-
-
-def _overlap(text: str) -> int:
-    """Length of the longest end of a text that may be the beginning of a call."""
-    return next((n for n in range(min(len(text), len(OPEN)), 0, -1) if text.endswith(OPEN[:n])), 0)
 
 
 def _parameters(function: FunctionDefinition) -> dict[str, Any]:

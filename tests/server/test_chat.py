@@ -7,8 +7,9 @@ import jsonschema
 import pytest
 
 from sarathi_jax.request import SamplingParams
+from sarathi_jax.server.calls import message_of
 from sarathi_jax.server.schemas import ChatBody
-from sarathi_jax.server.tools import AutoReader, RequiredReader, ToolUse, message_of
+from sarathi_jax.server.tools import ToolUse
 from sarathi_jax.structured import Grammars
 from tests.server.running import MODEL, events, with_server
 from tests.server.test_completions import post
@@ -117,23 +118,6 @@ def test_a_call_that_is_begun_is_finished_as_one(tiny):
     message = message_of([piece for character in text for piece in reader.push(character)] + reader.finish())
     assert message["content"] == "well"
     assert message["tool_calls"][0]["function"] == {"name": "weather", "arguments": '{"city": "oslo"}'}
-
-
-def test_readers_of_calls():
-    text = (
-        'a <b> <tool_call>{"name": "f", "arguments": {"x": "</tool_call>"}}</tool_call>\n'
-        '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call> end <tool'
-    )
-    for size in (1, 7, 1000):
-        reader = AutoReader()
-        pieces = [p for i in range(0, len(text), size) for p in reader.push(text[i : i + size])] + reader.finish()
-        message = message_of(pieces)
-        assert [call["function"]["name"] for call in message["tool_calls"]] == ["f", "g"]
-        assert json.loads(message["tool_calls"][0]["function"]["arguments"]) == {"x": "</tool_call>"}
-        assert message["content"].split() == ["a", "<b>", "end", "<tool"]
-    reader = RequiredReader()
-    assert message_of(reader.push('[{"name": "f"') + reader.finish())["content"] == '[{"name": "f"'
-    assert not reader.has_calls
 
 
 def test_a_history_with_tools(tiny):

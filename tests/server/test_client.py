@@ -13,8 +13,9 @@ import openai
 import pytest
 
 from sarathi_jax.request import SamplingParams, StructuredOutputsParams
+from sarathi_jax.server.calls import message_of
 from sarathi_jax.server.schemas import ChatBody
-from sarathi_jax.server.tools import ToolUse, instructions, message_of
+from sarathi_jax.server.tools import ToolUse, instructions
 from tests.engine.serving import Served
 from tests.server.processes import Process
 from tests.server.test_chat import CITY, MESSAGES, TOOLS
@@ -198,7 +199,7 @@ def chats_of_the_library(served: Served, fields: dict[str, Any]) -> list[Choice]
     for sample in llm.chat(messages, params, use_tqdm=False)[0].outputs:
         reader = tools.reader()
         message = message_of(reader.push(sample.text) + reader.finish())
-        reason = "tool_calls" if reader.has_calls and sample.finish_reason == "stop" else sample.finish_reason
+        reason = "tool_calls" if reader.calls_are_complete and sample.finish_reason == "stop" else sample.finish_reason
         calls = [[call["function"]["name"], call["function"]["arguments"]] for call in message.get("tool_calls", ())]
         choice = Choice(message["content"] or "", reason, calls)
         choice = _with_logprobs(served, choice, sample.token_ids, sample.logprobs)
