@@ -1,23 +1,45 @@
 """Compiled models, one of each kind for the whole run, and the count of excused differences."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
 from tests.engine.serving import Parity, Served, build
 
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "decoder": ("llama3.1", {"token_buckets": (4, 16, 64)}),
+    "windowed": ("mistral", {}),
+    "half": ("mistral", {"dtype": "bfloat16"}),
+}
+
 
 @pytest.fixture(scope="session")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> Served:
+def spread(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int, int], Served]:
+    """One of `MODELS` on tp x pp devices, built once."""
+    served: dict[tuple[str, int, int], Served] = {}
+
+    def get(name: str, tp: int, pp: int) -> Served:
+        key = name, tp, pp
+        if key not in served:
+            model, settings = MODELS[name]
+            served[key] = build(model, tmp_path_factory.mktemp(name), tp=tp, pp=pp, **settings)
+        return served[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def decoder(spread: Callable[[str, int, int], Served]) -> Served:
     """Full attention, three buckets, a tokenizer, three end-of-text tokens."""
-    return build("llama3.1", tmp_path_factory.mktemp("decoder"), token_buckets=(4, 16, 64))
+    return spread("decoder", 1, 1)
 
 
 @pytest.fixture(scope="session")
-def windowed(tmp_path_factory: pytest.TempPathFactory) -> Served:
+def windowed(spread: Callable[[str, int, int], Served]) -> Served:
     """Every layer sees 24 tokens."""
-    return build("mistral", tmp_path_factory.mktemp("windowed"))
+    return spread("windowed", 1, 1)
 
 
 @pytest.fixture(scope="session")
@@ -27,9 +49,9 @@ def falcon(tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 
 @pytest.fixture(scope="session")
-def half(tmp_path_factory: pytest.TempPathFactory) -> Served:
+def half(spread: Callable[[str, int, int], Served]) -> Served:
     """The one with windows, in bfloat16."""
-    return build("mistral", tmp_path_factory.mktemp("half"), dtype="bfloat16")
+    return spread("half", 1, 1)
 
 
 @pytest.fixture
