@@ -133,7 +133,8 @@ class _Curve:
     """Straight lines through points; a fuller cache is never quicker, whatever the noise of the measurement."""
 
     def __init__(self, points: list[tuple[int, float]]):
-        keys, seconds = zip(*sorted(points), strict=True)
+        # Of several times for the same work, the longest.
+        keys, seconds = zip(*dict(sorted(points)).items(), strict=True)
         self._keys = keys
         self._seconds = tuple(itertools.accumulate(seconds, max))
         self.first = seconds[0]

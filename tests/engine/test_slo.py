@@ -1,5 +1,7 @@
 """The promised time between tokens through the engine, and the table that it rests on."""
 
+import dataclasses
+
 import pytest
 
 from sarathi_jax.config import ConfigError, EngineConfig
@@ -111,6 +113,14 @@ def test_every_program_is_timed_at_every_fill(served):
     assert served.runner.num_late_compiles == 0
     bench = served.bench()
     Parity().check(bench.run([(prompt_of(20), greedy())]), served.alone([(prompt_of(20), greedy())]))
+
+
+def test_a_bucket_as_long_as_the_context_is_timed_once(served):
+    largest = served.config.buckets[-1]
+    short = dataclasses.replace(served.llm.cache_config, max_model_len=largest + 1)
+    table = measure(served.config, short, served.runner, VOCAB_SIZE, progress=False)
+    assert sum(timing.bucket == largest and not timing.num_decodes for timing in table.timings) == 1
+    assert table.step_s(largest, 0, 5) > 0
 
 
 def test_the_table_is_measured_once(served, tmp_path, monkeypatch):

@@ -72,3 +72,9 @@ def test_a_damaged_file_says_so(tmp_path, text, message):
 def test_a_bucket_needs_both_kinds():
     with pytest.raises(TableError, match="no timing of a prompt in bucket 8"):
         LatencyTable(timings()[:4])
+
+
+def test_of_equal_work_the_longest_time_counts():
+    same = [Timing(8, 0, 0, 36, seconds) for seconds in (0.02, 0.04, 0.03)]
+    table = LatencyTable([Timing(8, 1, 1, 0, 0.01), *same])
+    assert table.step_s(8, 0, 36) == table.step_s(8, 0, 900) == 0.04
