@@ -25,7 +25,7 @@ class Answer:
       status: of HTTP; 0 where the connection broke.
       start_s: when the request was sent, on the machine's monotonic clock.
       text: of the first choice.
-      token_s: when each piece of text came.
+      token_s: when each piece of text came, or each token where `return_token_ids` was asked for.
       logprobs: of each token the log-probabilities of the likeliest ones by text, where they were asked for.
       finish_reason: None where the answer did not come to its end.
       error: the server's message.
@@ -91,7 +91,7 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, A
 
 def _read(answer: Answer, event: Mapping[str, Any]) -> None:
     for choice in event["choices"]:
-        if choice["text"] or choice.get("logprobs"):
+        if choice["text"] or choice.get("logprobs") or choice.get("token_ids"):
             answer.token_s.append(time.monotonic())
         answer.text += choice["text"]
         if choice.get("logprobs"):
