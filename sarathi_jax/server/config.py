@@ -27,6 +27,8 @@ class ServerConfig:
       max_body_bytes: of a request; a longer one is refused with 413 before it is read.
       header_timeout_s: longest time for the head of a request to come.
       body_timeout_s: longest time for the body of a request to come.
+      write_timeout_s: a client that takes in next to nothing of its answer for so long counts as gone: its connection
+        is closed and its requests end.
       keep_alive_s: how long an idle connection stays open.
       request_timeout_s: longest time from a request's acceptance to the end of its answer.
       step_timeout_s: a step of the engine that takes longer counts as stuck: open requests get 503, and the server
@@ -50,6 +52,7 @@ class ServerConfig:
     max_body_bytes: int = 4 << 20
     header_timeout_s: float = 10.0
     body_timeout_s: float = 30.0
+    write_timeout_s: float = 30.0
     keep_alive_s: float = 30.0
     request_timeout_s: float = 600.0
     step_timeout_s: float = 60.0

@@ -33,6 +33,7 @@ EXIT_BROKEN = 70
 _log = logging.getLogger(__name__)
 _ANSWER_S = 2.0  # for the last answers to leave
 _HARD_EXIT_S = 8.0
+_SEND_BYTES = 128 << 10
 
 
 def bind(config: ServerConfig) -> socket.socket:
@@ -45,6 +46,8 @@ def bind(config: ServerConfig) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
         taken = socket.socket(family, socket.SOCK_STREAM)
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Of each connection: who does not read is noticed before megabytes are kept for him.
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
         taken.bind(address)
     except OSError as error:
         reason = error.strerror or error
@@ -141,7 +144,7 @@ class _Life:
         self._server = _Server(
             uvicorn.Config(
                 self._gate,
-                http=guarded_protocol(config.header_timeout_s, config.max_connections),
+                http=guarded_protocol(config.header_timeout_s, config.write_timeout_s, config.max_connections),
                 ws="none",
                 lifespan="off",
                 log_config=None,

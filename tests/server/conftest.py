@@ -21,7 +21,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Served:
 @pytest.fixture(scope="session")
 def server(tiny: Served) -> Iterator[Process]:
     """A process that serves it, with a key and short timeouts."""
-    flags = ("--header_timeout_s=1", "--body_timeout_s=1", "--api_key=key", "--keep_alive_s=2")
+    flags = ("--header_timeout_s=1", "--body_timeout_s=1", "--write_timeout_s=1", "--api_key=key", "--keep_alive_s=2")
     with started(serve(tiny.llm._path, *flags)) as process:
         yield process
         process.signal()

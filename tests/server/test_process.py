@@ -8,12 +8,13 @@ import socket
 import subprocess
 import sys
 import time
+from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from tests.server.processes import REPO, serve, started
+from tests.server.processes import REPO, Process, serve, started
 
 pytestmark = pytest.mark.slow
 
@@ -90,6 +91,53 @@ def test_clients_that_leave_are_forgotten(server, client):
     while len([line for line in server.log_lines() if line.get("client") == "gone" or line.get("status") == 499]) < 6:
         assert time.monotonic() < ends_s
         time.sleep(0.1)
+
+
+def ask_raw(server: Process, request_id: str, window_bytes: int, **options: Any) -> socket.socket:
+    """A long stream on a socket that takes in little at once."""
+    body = {"model": "tiny", "prompt": PROMPT, "n": 8, "ignore_eos": True, "logprobs": 20, "stream": True}
+    text = json.dumps(body | options)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key\r\nX-Request-Id: {request_id}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n\r\n"
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, window_bytes)
+    connection.connect(("127.0.0.1", server.port))
+    connection.sendall((head + text).encode())
+    return connection
+
+
+def test_a_client_that_does_not_read_is_cut_off(server, client):
+    """Its connection is closed and its samples end, while others stream on."""
+    stop = concurrent.futures.Future()
+    with ask_raw(server, "deaf", 4096, max_tokens=480) as deaf, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        gaps = pool.submit(ticks, client, stop)
+        try:
+            ends_s = time.monotonic() + 30
+            while not (told := [line for line in server.log_lines() if line.get("request_id") == "deaf"]):
+                assert time.monotonic() < ends_s
+                time.sleep(0.1)
+        finally:
+            stop.set_result(None)
+        assert told[0]["client"] == "gone"
+        assert told[0]["output_tokens"] < 8 * 480
+        assert max(gaps.result()) < 5
+        deaf.settimeout(5)
+        read = b""
+        with contextlib.suppress(ConnectionResetError):
+            while part := deaf.recv(1 << 16):
+                read += part
+        assert b"[DONE]" not in read
+
+
+def test_a_slow_reader_gets_everything(server):
+    """Although it takes longer than a client may take in nothing."""
+    began_s, read = time.monotonic(), b""
+    with ask_raw(server, "slow", 1 << 16, max_tokens=200) as slow:
+        slow.settimeout(10)
+        while b"[DONE]" not in read:
+            read += slow.recv(1 << 16)
+            time.sleep(0.1)
+    assert time.monotonic() - began_s > 2
 
 
 def test_a_termination_under_load_loses_nothing(tiny):
