@@ -128,10 +128,19 @@ def test_matches_reference(backend, dtype, group, capfd):
     assert "RACE" not in capfd.readouterr().out
 
 
+def random_tests() -> list:
+    """CI has the first part of what Mosaic interprets, `make test-kernels` has all."""
+    return [
+        pytest.param(backend, group, part, marks=(*marks, pytest.mark.more_batches) if marks and part else marks)
+        for backend in BACKENDS
+        for marks in [marks_of(backend)]
+        for group in FUZZED
+        for part in range(NUM_PARTS)
+    ]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(NUM_PARTS))
-@pytest.mark.parametrize("group", FUZZED)
-@pytest.mark.parametrize("backend", [pytest.param(name, marks=marks_of(name)) for name in BACKENDS])
+@pytest.mark.parametrize(("backend", "group", "part"), random_tests())
 def test_fuzz(backend, group, part, capfd):
     rng = np.random.default_rng(part)
     for i in range(NUM_FUZZED // len(FUZZED) // NUM_PARTS):
