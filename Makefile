@@ -43,7 +43,7 @@ test-parallel: $(VENV)/.ready  ## serves models of every family from 2, 4 and 8 
 
 .PHONY: test-oracle
 test-oracle: $(VENV)/.ready .venv-oracle/.ready  ## compares live with Hugging Face transformers on CPU torch
-	SARATHI_ORACLE_PYTHON=$(CURDIR)/.venv-oracle/bin/python $(VENV)/bin/python -m pytest tests/oracle $(ARGS)
+	SARATHI_ORACLE_PYTHON=$(CURDIR)/.venv-oracle/bin/python $(VENV)/bin/python $(PYTEST) tests/oracle $(ARGS)
 
 .PHONY: test-devices
 test-devices: .venv-devices/.ready  ## compiles kernels and model steps for GPUs and TPUs, which need not be there

@@ -5,6 +5,8 @@ directories, and both after a save and load through Orbax, must give the same lo
 """
 
 import dataclasses
+import fcntl
+import os
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +51,18 @@ class Oracle:
 
 @pytest.fixture(scope="session")
 def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
-    root = tmp_path_factory.mktemp("oracle")
-    run_reference(list(TINY), root)
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        root = tmp_path_factory.mktemp("oracle")
+        run_reference(list(TINY), root)
+        return Oracle(root)
+    # The first worker runs the oracle for all of them, in the folder that they share; the others wait.
+    root = tmp_path_factory.getbasetemp().parent / "oracle"
+    root.mkdir(exist_ok=True)
+    with (root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / "done").exists():
+            run_reference(list(TINY), root)
+            (root / "done").touch()
     return Oracle(root)
 
 
