@@ -9,7 +9,8 @@ from sarathi_jax.request import Logprob, RequestError, StructuredOutputsParams
 from sarathi_jax.server.calls import message_of
 from sarathi_jax.server.completions import count_tokens, token_text
 from sarathi_jax.server.errors import ApiError
-from sarathi_jax.server.front import Front, Generation, refusal
+from sarathi_jax.server.front import Front, refusal
+from sarathi_jax.server.generation import Generation
 from sarathi_jax.server.schemas import ChatBody, Message
 from sarathi_jax.server.streams import DONE, event
 from sarathi_jax.server.tools import ToolUse, instructions

@@ -8,7 +8,8 @@ from typing import Any
 
 from sarathi_jax.request import Logprob
 from sarathi_jax.server.errors import ApiError
-from sarathi_jax.server.front import Delta, Front, Generation
+from sarathi_jax.server.front import Front
+from sarathi_jax.server.generation import Delta, Generation
 from sarathi_jax.server.schemas import CompletionBody
 from sarathi_jax.server.streams import DONE, event
 from sarathi_jax.tokenizer import Tokenizer
