@@ -17,13 +17,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="session")
 def spread(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int, int], Served]:
-    """One of `MODELS` on tp x pp devices, built once."""
+    """One of `MODELS` on tp x pp devices, built once; on several with two buckets, which compile sooner than three."""
     served: dict[tuple[str, int, int], Served] = {}
 
     def get(name: str, tp: int, pp: int) -> Served:
         key = name, tp, pp
         if key not in served:
             model, settings = MODELS[name]
+            if tp * pp > 1:
+                settings = settings | {"token_buckets": (16, 64)}
             served[key] = build(model, tmp_path_factory.mktemp(name), tp=tp, pp=pp, **settings)
         return served[key]
 
