@@ -11,6 +11,7 @@ from sarathi_jax.engine import Engine
 from sarathi_jax.executor import follow
 from sarathi_jax.parallel import check_split
 from sarathi_jax.parallel.hosts import Hosts, join
+from sarathi_jax.program_store import ProgramStore
 from sarathi_jax.replica import Replica, Replicas, start_replicas
 from sarathi_jax.resources import checkpoint_path
 from sarathi_jax.runner import StartUp
@@ -91,7 +92,7 @@ def load(
       ConfigError, WeightsError, HostsError, SystemExit: as `LLM`.
     """
     path = checkpoint_path() if model is None else Path(model)
-    use_compile_cache()
+    compile_cache = use_compile_cache()
     settings = EngineConfig(**config)
     is_yaml = path.suffix in (".yaml", ".yml")
     model_config = load_model_yaml(path) if is_yaml else load_model_config(path)
@@ -102,8 +103,9 @@ def load(
         dtype = "bfloat16" if is_yaml else stored_dtype(path, model_config)
     settings = dataclasses.replace(settings, dtype=dtype)
     tokenizer = None if is_yaml else load_tokenizer(path)
+    store = ProgramStore(compile_cache / "programs") if hosts is None else None
     try:
-        replicas = start_replicas(path, model_config, settings, tokenizer, hosts, progress, timed)
+        replicas = start_replicas(path, model_config, settings, tokenizer, hosts, progress, timed, store)
     except Exception as error:
         if hosts is not None:
             hosts.abandon(str(error))

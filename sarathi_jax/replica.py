@@ -17,6 +17,7 @@ from sarathi_jax.latency import StepTimes
 from sarathi_jax.parallel import TensorSplit, make_meshes, split_layers
 from sarathi_jax.parallel.hosts import Hosts
 from sarathi_jax.parallel.pipeline import is_local
+from sarathi_jax.program_store import ProgramStore
 from sarathi_jax.request import Request, RequestOutput, SamplingParams, StructuredOutputsParams
 from sarathi_jax.runner import Runner
 from sarathi_jax.sampling import SamplingTable
@@ -54,6 +55,7 @@ def start_replicas(
     hosts: Hosts | None,
     progress: bool,
     timed: bool = False,
+    store: ProgramStore | None = None,
 ) -> tuple[Replica, ...]:
     """`dp` replicas on devices of their own; arguments and errors as of `start_replica`.
 
@@ -70,7 +72,7 @@ def start_replicas(
         # Each its own seeds, or the same prompt would be answered alike by all.
         config = engine if engine.seed is None else dataclasses.replace(engine, seed=engine.seed + i)
         own = devices[i * each : (i + 1) * each]
-        replicas.append(start_replica(path, model, config, tokenizer, own, hosts, progress, timed))
+        replicas.append(start_replica(path, model, config, tokenizer, own, hosts, progress, timed, store))
     return tuple(replicas)
 
 
@@ -83,6 +85,7 @@ def start_replica(
     hosts: Hosts | None,
     progress: bool,
     timed: bool = False,
+    store: ProgramStore | None = None,
 ) -> Replica:
     """Loads weights, sizes the cache, compiles the programs.
 
@@ -95,16 +98,17 @@ def start_replica(
       hosts: its processes, if there are several.
       progress: shows bars.
       timed: the programs' times are wanted even if `engine` promises none.
+      store: where programs may be found, and are kept; None: nowhere.
 
     Raises:
       ConfigError, WeightsError: as `LLM`.
     """
     meshes = make_meshes(model, engine, devices)
     params = _load(path, model, engine, meshes, progress)
-    cache = plan_cache(model, engine, meshes)
+    cache = plan_cache(model, engine, meshes, store)
     if hosts is not None:
         cache = dataclasses.replace(cache, num_blocks=hosts.minimum(cache.num_blocks))
-    runner = Runner(model, params, engine, cache, meshes, progress)
+    runner = Runner(model, params, engine, cache, meshes, progress, store)
     if hosts is not None:
         hosts.meet()  # compiling takes one longer than another
     times, is_leader = None, hosts is None or hosts.is_leader

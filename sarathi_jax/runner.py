@@ -1,6 +1,7 @@
 """`Runner`: the compiled programs of every stage, the state that they hand on, and the steps that are under way."""
 
 import dataclasses
+import functools
 import logging
 import os
 import time
@@ -22,6 +23,7 @@ from sarathi_jax.parallel import AXIS, split_layers
 from sarathi_jax.parallel.pipeline import is_local
 from sarathi_jax.parallel.tensor import CACHE_SPEC
 from sarathi_jax.parallel.transfer import Transfer, in_turn, put_everywhere
+from sarathi_jax.program_store import ProgramStore
 from sarathi_jax.sampling import SamplingMirror
 from sarathi_jax.step_program import EVERYWHERE, StepOutput, StepProgram, deliver, recall, scratch_bytes
 
@@ -144,6 +146,7 @@ class Runner:
       cache: size of the KV cache.
       meshes: devices of each stage.
       progress: shows a bar while compiling.
+      store: where programs may be found, and are kept; None: nowhere.
     """
 
     def __init__(
@@ -154,6 +157,7 @@ class Runner:
         cache: CacheConfig,
         meshes: Sequence[Mesh],
         progress: bool = True,
+        store: ProgramStore | None = None,
     ):
         check_platform(engine.attention_backend, jax.default_backend())
         logging.info("attention backend: %s", engine.attention_backend)
@@ -164,7 +168,7 @@ class Runner:
         self._compiles = CompileCounter()
         self.num_late_compiles = 0
         start_s = time.perf_counter()
-        compiled = _compile_all(_jobs(programs, engine, meshes), progress)
+        compiled = _compile_all(_jobs(programs, engine, meshes, store), progress)
         compile_s = time.perf_counter() - start_s
         self.stages = {}
         for i, mesh in enumerate(meshes):
@@ -236,14 +240,14 @@ class Runner:
 
 
 def _jobs(
-    programs: Sequence[StepProgram], engine: EngineConfig, meshes: Sequence[Mesh]
+    programs: Sequence[StepProgram], engine: EngineConfig, meshes: Sequence[Mesh], store: ProgramStore | None
 ) -> dict[tuple, Callable[[], Any]]:
     """What this process compiles. The largest first: with several cores the last to finish should be small."""
     jobs: dict[tuple, Callable[[], Any]] = {}
     for bucket in reversed(engine.buckets):
         for i, (program, mesh) in enumerate(zip(programs, meshes, strict=True)):
             if is_local(mesh):
-                jobs["step", i, bucket] = lambda p=program, b=bucket, m=mesh: p.compile(b, m)
+                jobs["step", i, bucket] = lambda p=program, b=bucket, m=mesh: p.compile(b, m, store)
     for bucket in engine.buckets:
         shape = programs[0].hidden_part(bucket)
         for i in range(1, len(meshes)):
@@ -257,19 +261,26 @@ def _jobs(
         if any(map(is_local, ends)):
             jobs["return",] = lambda: Transfer(*ends, shape, np.dtype(np.int32), EVERYWHERE)
         if is_local(meshes[0]):
-            jobs["deliver",] = lambda: _compile_update(deliver, programs[0], programs[0].newest_shape, meshes[0])
+            jobs["deliver",] = lambda: _compile_update(deliver, programs[0], programs[0].newest_shape, meshes[0], store)
     if engine.prefix_caching and is_local(meshes[-1]):
-        jobs["recall",] = lambda: _compile_update(recall, programs[-1], programs[-1].entry_shape, meshes[-1])
+        jobs["recall",] = lambda: _compile_update(recall, programs[-1], programs[-1].entry_shape, meshes[-1], store)
     return jobs
 
 
 def _compile_update(
-    update: Callable[[jax.Array, jax.Array], jax.Array], program: StepProgram, shape: tuple[int, ...], mesh: Mesh
+    update: Callable[[jax.Array, jax.Array], jax.Array],
+    program: StepProgram,
+    shape: tuple[int, ...],
+    mesh: Mesh,
+    store: ProgramStore | None,
 ) -> jax.stages.Compiled:
     """Compiles what changes a stage's history in place by an i32 array of that shape."""
     everywhere = NamedSharding(mesh, EVERYWHERE)
     arguments = [jax.ShapeDtypeStruct(s, np.int32, sharding=everywhere) for s in (program.history_shape, shape)]
-    return jax.jit(update, donate_argnums=0).lower(*arguments).compile()
+    traced = functools.partial(jax.jit(update, donate_argnums=0).trace, *arguments)
+    if store is None:
+        return traced().lower().compile()
+    return store.get(f"{update.__name__}, {program.history_shape}, {shape}", tuple(mesh.devices.flat), traced)
 
 
 def _compile_all(jobs: Mapping[tuple, Callable[[], Any]], progress: bool) -> dict[tuple, Any]:

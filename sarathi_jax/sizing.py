@@ -10,13 +10,21 @@ from sarathi_jax.config import CacheConfig, ConfigError, EngineConfig, ModelConf
 from sarathi_jax.kv.cache import block_bytes
 from sarathi_jax.parallel import Stage, split_layers
 from sarathi_jax.parallel.pipeline import is_local
+from sarathi_jax.program_store import ProgramStore
 from sarathi_jax.step_program import StepProgram, scratch_bytes
 
 
-def plan_cache(model: ModelConfig, engine: EngineConfig, meshes: Sequence[Mesh]) -> CacheConfig:
+def plan_cache(
+    model: ModelConfig, engine: EngineConfig, meshes: Sequence[Mesh], store: ProgramStore | None = None
+) -> CacheConfig:
     """Sizes the cache; call it when the weights are on the devices.
 
     Without `num_blocks` the cache holds as many blocks as `max_num_seqs` sequences can use, or as many as fit.
+
+    Args:
+      model, engine: what is served, and how.
+      meshes: devices of each stage.
+      store: of compiled programs, as of `Runner`.
 
     Raises:
       ConfigError: not even one sequence of a few blocks fits, or `max_model_len` exceeds the model's.
@@ -39,21 +47,28 @@ def plan_cache(model: ModelConfig, engine: EngineConfig, meshes: Sequence[Mesh])
     if engine.num_blocks is not None:
         return cache
     fits = min(
-        _blocks_that_fit(model, engine, cache, stage, mesh)
+        _blocks_that_fit(model, engine, cache, stage, mesh, store)
         for stage, mesh in zip(split_layers(model, engine), meshes, strict=True)
         if is_local(mesh)
     )
     return CacheConfig(min(wanted, fits), engine.block_size, max_model_len)
 
 
-def _blocks_that_fit(model: ModelConfig, engine: EngineConfig, cache: CacheConfig, stage: Stage, mesh: Mesh) -> int:
+def _blocks_that_fit(
+    model: ModelConfig,
+    engine: EngineConfig,
+    cache: CacheConfig,
+    stage: Stage,
+    mesh: Mesh,
+    store: ProgramStore | None,
+) -> int:
     """Blocks that the devices of one stage can hold, as many as `cache` wants or fewer."""
     program = StepProgram(model, engine, cache, stage, mesh.devices.flat[0].device_kind)
     bytes_each, free = block_bytes(program.cached_model, engine.block_size, engine.dtype), free_bytes(mesh, engine)
     if cache.num_blocks * bytes_each <= free * engine.memory_fraction / 2:
         return cache.num_blocks
     # Scratch memory does not depend on the size of the cache, which is donated.
-    left = free - mesh.size * scratch_bytes(program.compile(engine.buckets[-1], mesh))
+    left = free - mesh.size * scratch_bytes(program.compile(engine.buckets[-1], mesh, store))
     fits = int(left * engine.memory_fraction) // bytes_each
     if fits < 2:
         raise ConfigError(

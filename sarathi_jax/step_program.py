@@ -16,6 +16,7 @@ from sarathi_jax.parallel import AXIS, Stage, TensorSplit
 from sarathi_jax.parallel.logits import gather_logits, sample_split
 from sarathi_jax.parallel.tensor import CACHE_SPEC, spec_of
 from sarathi_jax.parallel.transfer import join_flat, split_flat
+from sarathi_jax.program_store import ProgramStore
 from sarathi_jax.sampling import Drawn, SamplingParamsArrays, prompt_logprobs, sampling_shapes
 
 EVERYWHERE = PartitionSpec()
@@ -64,6 +65,8 @@ class StepProgram:
         self.stage = Stage(0, 1, range(model.num_layers)) if stage is None else stage
         self._model = model
         self._cache = cache
+        kept = (engine.max_running, engine.dtype, engine.quantization, engine.tp, engine.attention_backend)
+        self._about = repr((model, cache, self.stage, device_kind, kept))
         self._num_rows = engine.max_running
         self._dtype = jnp.dtype(engine.dtype)
         self._split = TensorSplit(model, engine.tp)
@@ -98,9 +101,17 @@ class StepProgram:
         """Shape of one device's part of the hidden rows between stages, float32."""
         return (-(-bucket * self._model.hidden_size // self._split.size),)
 
-    def compile(self, bucket: int, mesh: Mesh) -> jax.stages.Compiled:
-        """Compiles the step of a bucket from shapes alone."""
-        return self.trace(bucket, mesh).lower().compile()
+    def compile(self, bucket: int, mesh: Mesh, store: ProgramStore | None = None) -> jax.stages.Compiled:
+        """Compiles the step of a bucket from shapes alone.
+
+        Args:
+          bucket: one of `layouts`.
+          mesh: `tp` devices.
+          store: where it may be found, and is kept; None: nowhere.
+        """
+        if store is None:
+            return self.trace(bucket, mesh).lower().compile()
+        return store.get(f"{self._about}, bucket={bucket}", tuple(mesh.devices.flat), lambda: self.trace(bucket, mesh))
 
     def trace(self, bucket: int, mesh: Mesh | None = None) -> jax.stages.Traced:
         """Traces the step of a bucket from shapes alone; cache and history are donated, so updated in place.

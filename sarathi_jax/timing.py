@@ -10,7 +10,7 @@ import logging
 import os
 import platform
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from sarathi_jax.sequence import Sequence as Sample
 
 FILLS = (0.0, 1 / 3, 2 / 3, 1.0)
 _NUM_REPEATS = 5
+_ENOUGH_S = 1.0  # a program that takes longer is repeated less often: what disturbs a measurement is short
 # Of the engine's settings those that a step's time depends on.
 _SETTINGS = ("dtype", "quantization", "attention_backend", "tp", "pp", "pp_layers", "block_size", "max_num_seqs")
 
@@ -145,11 +146,19 @@ def _sample(plan: StepPlan, cache: CacheConfig) -> _Sample:
 
 def _time_step(executor: DeviceExecutor, plan: StepPlan, depth: int, clock: Clock) -> float:
     """Median seconds from one step's tokens to the next one's, with as many steps in flight as the engine keeps."""
-    ends = list(_ends(executor, [plan] * (depth + _NUM_REPEATS), depth, clock))
+    ends = list(_ends(executor, _repeated(plan, depth, clock), depth, clock))
     return statistics.median(later - earlier for earlier, later in itertools.pairwise(ends))
 
 
-def _ends(executor: DeviceExecutor, plans: Sequence[StepPlan], depth: int, clock: Clock) -> Iterator[float]:
+def _repeated(plan: StepPlan, depth: int, clock: Clock) -> Iterator[StepPlan]:
+    begin_s = clock.now_s()
+    for i in range(depth + _NUM_REPEATS):
+        if i > depth and clock.now_s() - begin_s > _ENOUGH_S:
+            return
+        yield plan
+
+
+def _ends(executor: DeviceExecutor, plans: Iterable[StepPlan], depth: int, clock: Clock) -> Iterator[float]:
     handles = collections.deque()
     for plan in plans:
         handles.append(executor.launch(plan))

@@ -28,6 +28,7 @@ ROWS = (
         "sarathi_jax.sampling",
         "sarathi_jax.parallel",
         "sarathi_jax.compiling",
+        "sarathi_jax.program_store",
         "sarathi_jax.step_program",
         "sarathi_jax.runner",
         "sarathi_jax.sizing",
