@@ -90,17 +90,18 @@ def measure(
       progress: shows a bar.
       clock: None: the wall clock.
     """
-    clock, timings = clock or WallClock(), {}
+    clock = clock or WallClock()
+    timings: dict[tuple[int, int, int, int], float] = {}
     cases = [(bucket, decodes, fill) for bucket in engine.buckets for decodes in (True, False) for fill in FILLS]
     for bucket, decodes, fill in tqdm(cases, "time", unit="program", disable=not progress, leave=False):
         sample = _decodes(bucket, fill, engine, cache) if decodes else _prompt(bucket, fill, cache)
         num_keys = sum(chunk_keys(chunk.start, chunk.length) for chunk in sample.plan.chunks)
-        work = (len(sample.plan.chunks), num_keys, 0) if decodes else (0, 0, num_keys)
-        if (bucket, *work) in timings:
+        work = (bucket, len(sample.plan.chunks), num_keys, 0) if decodes else (bucket, 0, 0, num_keys)
+        if work in timings:
             continue  # a bucket as long as the context: a prompt that fills it begins at 0, however full the cache
         table = SamplingTable(engine.max_running, vocab_size)
         executor = DeviceExecutor(runner, table, sample.sequences, sample.tables.__getitem__, hosts)
-        timings[bucket, *work] = _time_step(executor, sample.plan, engine.pp + engine.overlap, clock)
+        timings[work] = _time_step(executor, sample.plan, engine.pp + engine.overlap, clock)
     return LatencyTable((Timing(*work, seconds) for work, seconds in timings.items()), about)
 
 
