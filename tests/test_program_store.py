@@ -1,13 +1,13 @@
 """Programs that are kept on disk: the same answers from them, and never a wrong or a damaged one."""
 
 import logging
-import os
+import random
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from sarathi_jax import SamplingParams, loading
+from sarathi_jax import SamplingParams, loading, program_store
 from sarathi_jax.llm import LLM
 from sarathi_jax.program_store import ProgramStore
 from sarathi_jax.step_program import StepProgram
@@ -20,7 +20,9 @@ PROMPTS = [list(range(5, 5 + length)) for length in (3, 20, 33)]
 @pytest.fixture
 def model(tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "use_compile_cache", lambda: tmp_path / "xla")
-    write_tiny_model("llama2", tmp_path / "model", changes={"vocab_size": VOCAB_SIZE, "num_hidden_layers": 2})
+    # Like no model before, or its programs might come out of JAX's cache.
+    unique = {"rms_norm_eps": random.uniform(1e-6, 1e-4)}
+    write_tiny_model("llama2", tmp_path / "model", changes={"vocab_size": VOCAB_SIZE, "num_hidden_layers": 2} | unique)
     return tmp_path / "model"
 
 
@@ -58,10 +60,14 @@ def traced(function=double) -> jax.stages.Traced:
     return jax.jit(function).trace(jax.ShapeDtypeStruct((3,), jnp.float32))
 
 
+def not_again() -> jax.stages.Traced:
+    pytest.fail("it is there, and was traced again")
+
+
 def test_a_damaged_program_is_made_anew(tmp_path, caplog):
     store, devices = ProgramStore(tmp_path), jax.devices()[:1]
     store.get("double", devices, traced)
-    (path,) = tmp_path.glob("*/*")
+    (path,) = tmp_path.glob("*.program")
     for damage in (b"", b"nothing", path.read_bytes()[:-100]):
         path.write_bytes(damage)
         with caplog.at_level(logging.WARNING):
@@ -69,7 +75,7 @@ def test_a_damaged_program_is_made_anew(tmp_path, caplog):
         assert program(jnp.ones(3)).tolist() == [2, 2, 2]
         assert "compiling it anew" in caplog.text
         caplog.clear()
-    assert store.get("double", devices, lambda: pytest.fail("it is there"))(jnp.ones(3)).tolist() == [2, 2, 2]
+    assert store.get("double", devices, not_again)(jnp.ones(3)).tolist() == [2, 2, 2]
 
 
 def test_a_program_of_other_devices_is_another(tmp_path):
@@ -77,33 +83,63 @@ def test_a_program_of_other_devices_is_another(tmp_path):
     for device in jax.devices()[:2]:
         here = jax.sharding.SingleDeviceSharding(device)
         shape = jax.ShapeDtypeStruct((3,), jnp.float32, sharding=here)
-        for _ in range(2):
-            program = store.get("double", [device], lambda s=shape: jax.jit(double).trace(s))
+        for trace in (lambda s=shape: jax.jit(double).trace(s), not_again):
+            program = store.get("double", [device], trace)
             assert program(jax.device_put(jnp.ones(3), here)).devices() == {device}
 
 
-def test_settings_make_another_version(tmp_path, monkeypatch):
-    ProgramStore(tmp_path).get("x", jax.devices()[:1], traced)
+def test_settings_make_another_program(tmp_path, monkeypatch):
+    def get(trace):
+        ProgramStore(tmp_path).get("double", jax.devices()[:1], trace)
+
+    get(traced)
     with jax.default_matmul_precision("highest"):
-        ProgramStore(tmp_path).get("x", jax.devices()[:1], traced)
-    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", "") + " ")
-    ProgramStore(tmp_path).get("x", jax.devices()[:1], traced)
-    assert len(list(tmp_path.iterdir())) >= 2
-    for version in range(5):
-        monkeypatch.setenv("LIBTPU_INIT_ARGS", str(version))
-        ProgramStore(tmp_path).get("x", jax.devices()[:1], traced)
-    assert len(list(tmp_path.iterdir())) == 4
+        get(traced)
+    monkeypatch.setenv("XLA_FLAGS", "--other")
+    get(traced)
+    monkeypatch.undo()
+    get(not_again)
+    assert len(list(tmp_path.glob("*.program"))) == 3
+
+
+def test_other_code_finds_the_same_program_by_its_text(tmp_path, monkeypatch):
+    devices = jax.devices()[:1]
+    ProgramStore(tmp_path).get("double", devices, traced)
+    monkeypatch.setattr(program_store, "_code", lambda: "changed")
+    store = ProgramStore(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(jax.stages.Lowered, "compile", lambda *_: pytest.fail("compiled again"))
+        store.get("double", devices, traced)
+    assert store.get("double", devices, not_again)(jnp.ones(3)).tolist() == [2, 2, 2]
+    other = ProgramStore(tmp_path).get("triple", devices, lambda: traced(lambda x: 3 * x))
+    assert other(jnp.ones(3)).tolist() == [3, 3, 3]
+
+
+def test_what_jax_had_cached_is_not_stored(tmp_path):
+    # Written once more such a program would lack functions: it loads, and fails when it runs.
+    devices, threshold = jax.devices()[:1], "jax_persistent_cache_min_compile_time_secs"
+    unique = random.random()
+    before = jax.config.values[threshold]
+    jax.config.update(threshold, 0)
+    try:
+        for name in ("first", "second"):
+            program = ProgramStore(tmp_path / name).get(
+                "sorted", devices, lambda: traced(lambda x: jnp.sort(x) + unique)
+            )
+            assert program(jnp.zeros(3))[0] == jnp.float32(unique)
+    finally:
+        jax.config.update(threshold, before)
+    assert not (tmp_path / "second").exists()
+    assert ProgramStore(tmp_path / "first").get("sorted", devices, not_again)(jnp.ones(3)).shape == (3,)
 
 
 def test_what_cannot_be_stored_still_runs(tmp_path):
-    store = ProgramStore(tmp_path)
-
     def calls_back(x):
         return jax.pure_callback(lambda y: y, jax.ShapeDtypeStruct((3,), jnp.float32), x)
 
-    program = store.get("callback", jax.devices()[:1], lambda: traced(calls_back))
+    devices = jax.devices()[:1]
+    program = ProgramStore(tmp_path).get("callback", devices, lambda: traced(calls_back))
     assert program(jnp.ones(3)).tolist() == [1, 1, 1]
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").touch()
-    unwritable = ProgramStore(tmp_path / "file")
-    assert unwritable.get("double", jax.devices()[:1], traced)(jnp.ones(3)).tolist() == [2, 2, 2]
+    assert ProgramStore(tmp_path / "file").get("double", devices, traced)(jnp.ones(3)).tolist() == [2, 2, 2]
