@@ -47,7 +47,7 @@ test-oracle: $(VENV)/.ready .venv-oracle/.ready  ## compares live with Hugging F
 
 .PHONY: test-devices
 test-devices: .venv-devices/.ready  ## compiles kernels and model steps for GPUs and TPUs, which need not be there
-	.venv-devices/bin/python -m pytest -n 2 --dist loadgroup tests/devices --timeout=600 $(ARGS)
+	.venv-devices/bin/python -m pytest tests/devices --timeout=600 $(ARGS)
 
 .PHONY: golden
 golden: $(VENV)/.ready .venv-oracle/.ready  ## makes the golden values of tests/golden anew

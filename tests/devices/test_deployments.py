@@ -49,7 +49,6 @@ def sections() -> Iterator[dict[str, tuple[str, str]]]:
         DOCUMENT.write_text("\n".join([INTRODUCTION, *rows, *(found[name][1] for name in NAMES), ""]), encoding="utf-8")
 
 
-@pytest.mark.xdist_group("deployments")
 @pytest.mark.parametrize("name", NAMES)
 def test_deployment(sections, name: str):
     model, engine = load(name)

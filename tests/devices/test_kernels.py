@@ -80,13 +80,7 @@ def bytes_of(shapes: list) -> int:
 
 @pytest.mark.parametrize(
     ("backend", "target", "config"),
-    [
-        pytest.param(
-            backend, target, config, marks=[pytest.mark.xdist_group(backend)] if backend == "mosaic_gpu" else []
-        )
-        for (backend, target), configs in CONFIGS.items()
-        for config in configs
-    ],
+    [(backend, target, config) for (backend, target), configs in CONFIGS.items() for config in configs],
     ids=str,
 )
 def test_kernel(backend, target, config, tables):
