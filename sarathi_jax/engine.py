@@ -10,7 +10,7 @@ from sarathi_jax.clock import Clock, WallClock
 from sarathi_jax.config import CacheConfig, EngineConfig, ModelConfig
 from sarathi_jax.executor import Executor
 from sarathi_jax.intake import Intake
-from sarathi_jax.output import RequestRecord
+from sarathi_jax.output import RequestRecord, SampleRecord
 from sarathi_jax.request import Request, RequestError, RequestOutput, SamplingParams, StructuredOutputsParams
 from sarathi_jax.scheduling.base import Scheduler
 from sarathi_jax.scheduling.plan import StepPlan, StepResult
@@ -32,6 +32,31 @@ class _Step:
     handle: Any
     scheduled_s: float
     launched_s: float
+
+
+@dataclasses.dataclass
+class _Came:
+    """What came with a step: tokens, and how long those who got them had waited.
+
+    Attributes:
+      now_s: when it came.
+      request_ids: of the step's chunks, "" for those that had ended meanwhile.
+    """
+
+    now_s: float
+    request_ids: list[str] = dataclasses.field(default_factory=list)
+    num_drawn: int = 0
+    ttfts_s: list[float] = dataclasses.field(default_factory=list)
+    tbts_s: list[float] = dataclasses.field(default_factory=list)
+
+    def count(self, record: RequestRecord, index: int) -> None:
+        """Counts a token of a sample, before the record has it."""
+        self.num_drawn += 1
+        earlier_s = record.samples[index].token_s
+        if earlier_s:
+            self.tbts_s.append(self.now_s - earlier_s[-1])
+        elif not record.has_begun:
+            self.ttfts_s.append(self.now_s - record.request.arrival_s)
 
 
 class Engine:
@@ -201,40 +226,45 @@ class Engine:
     def _commit(self, step: _Step, result: StepResult) -> list[RequestOutput]:
         """Hands a step's tokens to their sequences; those that ended meanwhile are passed over."""
         assert step.plan is not None
-        now_s, touched, first = self._clock.now_s(), {}, 0
-        drawn, num_drawn, request_ids, ttfts_s, tbts_s = result.tokens.tolist(), 0, [], [], []
+        came, touched, first = _Came(self._clock.now_s()), {}, 0
+        tokens = result.tokens.tolist()
         for row, chunk in enumerate(step.plan.chunks):
             seq = self._sequences.get(chunk.seq_id)
-            request_ids.append("" if seq is None else seq.request.request_id)
+            came.request_ids.append("" if seq is None else seq.request.request_id)
             if seq is not None:
                 record = self._record_of(seq)
                 record.add_prompt_logprobs(chunk.start, chunk.length, result, first)
                 if chunk.samples:
-                    num_drawn += 1
                     touched[seq.request.request_id] = record
-                    seq.commit(drawn[row])
-                    record.add_logprobs(seq.index, drawn[row], result, row)
-                    sample = record.samples[seq.index]
-                    if sample.token_s:
-                        tbts_s.append(now_s - sample.token_s[-1])
-                    elif not record.has_begun:
-                        ttfts_s.append(now_s - seq.request.arrival_s)
-                    matcher = self._matchers.get(seq.seq_id)
-                    is_complete = matcher is not None and matcher.advance(drawn[row])
-                    reason = sample.add(drawn[row], now_s, is_complete)
-                    if reason is None and matcher is not None and matcher.error is not None:
-                        reason = sample.end("abort", f"structured_outputs: {matcher.error}")
-                    if reason is not None:
-                        self._end(seq, reason)
+                    record.add_logprobs(seq.index, tokens[row], result, row)
+                    came.count(record, seq.index)
+                    self._take(seq, record.samples[seq.index], tokens[row], came.now_s)
             first += chunk.length
-        times = (step.scheduled_s, step.launched_s, max(step.launched_s, self._ended_s), now_s)
-        self._ended_s = now_s
+        self._tell(step, came)
+        return [self._report(record) for record in touched.values() if record.finished or record.request.streams]
+
+    def _take(self, seq: Sequence, sample: SampleRecord, token: int, now_s: float) -> None:
+        """Adds a token to a sequence, which may end with it."""
+        seq.commit(token)
+        matcher = self._matchers.get(seq.seq_id)
+        is_complete = matcher is not None and matcher.advance(token)
+        reason = sample.add(token, now_s, is_complete)
+        if reason is None and matcher is not None and matcher.error is not None:
+            reason = sample.end("abort", f"structured_outputs: {matcher.error}")
+        if reason is not None:
+            self._end(seq, reason)
+
+    def _tell(self, step: _Step, came: _Came) -> None:
+        """Tells the observers of a step."""
+        assert step.plan is not None
+        started_s, self._ended_s = max(step.launched_s, self._ended_s), came.now_s
         if self._observers:
-            waits = tuple(ttfts_s), tuple(tbts_s)
-            told = StepRecord(step.plan, tuple(request_ids), *times, num_drawn, *waits, self._scheduler.state)
+            times = (step.scheduled_s, step.launched_s, started_s, came.now_s)
+            waits = tuple(came.ttfts_s), tuple(came.tbts_s)
+            ids = tuple(came.request_ids)
+            told = StepRecord(step.plan, ids, *times, came.num_drawn, *waits, self._scheduler.state)
             for observer in self._observers:
                 observer.on_step(told)
-        return [self._report(record) for record in touched.values() if record.finished or record.request.streams]
 
     def _end(self, seq: Sequence, reason: Any) -> None:
         self._scheduler.remove(seq)

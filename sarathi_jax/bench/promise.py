@@ -224,7 +224,7 @@ def main(arguments: Sequence[str]) -> None:
                 # The prefix cache of a server is its own, and lives as long: nothing is found in it.
                 runs.append(asyncio.run(open_load(policy, server.url, arrivals)))
             print(json.dumps(runs[-1].figures(slo_s)), file=sys.stderr, flush=True)
-    print(f"decode-only step {1e3 * decode_s:.1f} ms, promise {1e3 * slo_s:.1f} ms; capacity {rate:.3f} requests/s, ")
+    print(f"decode-only step {1e3 * decode_s:.1f} ms, promise {1e3 * slo_s:.1f} ms; capacity {rate:.3f} requests/s,")
     print(f"load {_LOAD.value:.0%} of it\n\n{table([run.figures(slo_s) for run in runs])}")
     if _PICTURE.value:
         draw(runs[-2:], slo_s, Path(_PICTURE.value))

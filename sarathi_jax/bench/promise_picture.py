@@ -32,8 +32,8 @@ def draw(runs: Sequence["Run"], slo_s: float, path: Path) -> None:
     tail.axvline(1e3 * slo_s, color="#b0433a", ls="--", lw=1.2)
     tail.text(1e3 * slo_s, 100, " promised", color="#b0433a", va="top")
     tail.axhline(1, color="#888", ls=":", lw=1)
-    tail.text(tail.get_xlim()[0], 1.1, " P99", color="#666", va="bottom")
     tail.set(xscale="log", yscale="log", xlabel="time between two tokens [ms]", ylabel="that took longer [%]")
+    tail.text(tail.get_xlim()[0], 1.1, " P99", color="#666", va="bottom")
     tail.set_title("All times between tokens")
     tail.legend(loc="lower left", frameon=False)
 
