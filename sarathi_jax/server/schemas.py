@@ -5,17 +5,20 @@ Checking stops at the first thing that is wrong in a list: listing a million of 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from sarathi_jax.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_SEED, RequestError, SamplingParams
 from sarathi_jax.server.front import refusal
 
 MAX_PRIORITY = 2**31
+
+# Not pydantic's `FailFast`, which has no hash: Python 3.12.1 makes no union with it.
+_FAIL_FAST = Field(fail_fast=True)
 _Priority = Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
 _Token = Annotated[int, Field(ge=0)]
-_Tokens = Annotated[list[_Token], FailFast()]
-_Texts = Annotated[list[str], FailFast()]
+_Tokens = Annotated[list[_Token], _FAIL_FAST]
+_Texts = Annotated[list[str], _FAIL_FAST]
 # Handed to `SamplingParams` as they are.
 _SAMPLING = (
     "n",
@@ -122,7 +125,7 @@ class SamplingBody(Body):
 class CompletionBody(SamplingBody):
     """POST /v1/completions."""
 
-    prompt: str | _Tokens | _Texts | Annotated[list[_Tokens], FailFast()]
+    prompt: str | _Tokens | _Texts | Annotated[list[_Tokens], _FAIL_FAST]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     best_of: int | None = None
     echo: bool | None = None
@@ -156,9 +159,9 @@ class Message(Body):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], FailFast()] | None = None
+    content: str | Annotated[list[TextPart], _FAIL_FAST] | None = None
     name: str | None = None
-    tool_calls: Annotated[list[ToolCall], FailFast()] | None = None
+    tool_calls: Annotated[list[ToolCall], _FAIL_FAST] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
 
@@ -212,13 +215,13 @@ class NamedToolChoice(Body):
 class ChatBody(SamplingBody):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], FailFast(), Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
 
@@ -228,7 +231,7 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
 
 
