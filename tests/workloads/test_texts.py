@@ -15,6 +15,7 @@ TEXT = (
 @pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
 def test_prompts_have_the_wanted_number_of_tokens(tmp_path, kind):
     tokenizer = load_tokenizer(write_tiny_tokenizer(tmp_path, kind))
+    assert tokenizer is not None
     lengths = [2, 3, 10, 64, 100, 500, 4000]
     prompts = text_prompts(TEXT, tokenizer, lengths, seed=1)
     assert [len(tokenizer.encode(prompt.text)) for prompt in prompts] == [prompt.num_tokens for prompt in prompts]
