@@ -14,6 +14,8 @@ from typing import Any, Self
 
 import aiohttp
 
+from sarathi_jax.telemetry.definitions import gaps_s
+
 _START_S = 1200.0  # compiling, and timing what was compiled
 
 
@@ -47,7 +49,7 @@ class Answer:
     @property
     def tbts_s(self) -> list[float]:
         """Times between two pieces."""
-        return [later - earlier for earlier, later in zip(self.token_s, self.token_s[1:], strict=False)]
+        return gaps_s(self.token_s)
 
 
 async def stream(
@@ -152,9 +154,3 @@ async def metrics(session: aiohttp.ClientSession, url: str) -> dict[str, float]:
         lines = (await response.text()).splitlines()
     pairs = [line.rsplit(" ", 1) for line in lines if line and not line.startswith("#")]
     return {name: float(value) for name, value in pairs}
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that so large a share of them does not exceed; NaN of none."""
-    ordered = sorted(values)
-    return ordered[max(0, -(-int(share * 1000) * len(ordered) // 1000) - 1)] if ordered else float("nan")

@@ -16,8 +16,9 @@ from typing import Any
 import aiohttp
 from absl import app, flags
 
-from sarathi_jax.bench.http_client import ServerProcess, percentile, stream
+from sarathi_jax.bench.http_client import ServerProcess, stream
 from sarathi_jax.resources import checkpoint_path
+from sarathi_jax.telemetry.definitions import quantile
 from sarathi_jax.weights.directory import load_model_config
 
 _MODEL = flags.DEFINE_string("model", None, "model folder; without it the model that ships")
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str]) -> None:
         ServerProcess([f"--model={model}", "--served_model_name=asked"], Path(folder) / "log") as server,
     ):
         first, second = asyncio.run(ask_twice(server.url, load_model_config(model).vocab_size))
-    medians = [percentile(values, 0.5) for values in (first, second)]
+    medians = [quantile(values, 0.5) for values in (first, second)]
     figures = {
         "document_tokens": _TOKENS.value,
         "first_ttft_ms": round(1e3 * medians[0], 1),

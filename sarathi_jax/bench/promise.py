@@ -29,9 +29,10 @@ from typing import Any
 import aiohttp
 from absl import app, flags
 
-from sarathi_jax.bench.http_client import Answer, ServerProcess, percentile, stream
+from sarathi_jax.bench.http_client import Answer, ServerProcess, stream
 from sarathi_jax.bench.promise_picture import draw
 from sarathi_jax.resources import checkpoint_path
+from sarathi_jax.telemetry.definitions import quantile
 from sarathi_jax.weights.directory import load_model_config
 from sarathi_jax.workloads import CHAT, Length, poisson, read_trace, scaled, synthesise
 
@@ -81,13 +82,13 @@ class Run:
         ttfts_s = [answer.ttft_s for answer in self.answers if answer.ttft_s is not None]
         return {
             "policy": self.policy,
-            "tbt_p99_ms": round(1e3 * percentile(tbts_s, 0.99), 1),
-            "tbt_p50_ms": round(1e3 * percentile(tbts_s, 0.5), 1),
+            "tbt_p99_ms": round(1e3 * quantile(tbts_s, 0.99), 1),
+            "tbt_p50_ms": round(1e3 * quantile(tbts_s, 0.5), 1),
             "tbt_max_ms": round(1e3 * max(tbts_s), 1),
             "share_of_tbts_late": round(sum(gap > slo_s for gap in tbts_s) / len(tbts_s), 5),
             "requests_with_a_late_token": sum(any(gap > slo_s for gap in answer.tbts_s) for answer in self.answers),
-            "ttft_p50_s": round(percentile(ttfts_s, 0.5), 3),
-            "ttft_p99_s": round(percentile(ttfts_s, 0.99), 3),
+            "ttft_p50_s": round(quantile(ttfts_s, 0.5), 3),
+            "ttft_p99_s": round(quantile(ttfts_s, 0.99), 3),
             "requests": len(self.answers),
             "failed": sum(answer.finish_reason is None for answer in self.answers),
             "requests_per_s": round(len(self.answers) / self.seconds, 3),

@@ -20,7 +20,8 @@ from typing import Any
 import aiohttp
 from absl import app, flags
 
-from sarathi_jax.bench.http_client import Answer, ServerProcess, metrics, percentile, stream
+from sarathi_jax.bench.http_client import Answer, ServerProcess, metrics, stream
+from sarathi_jax.telemetry.definitions import quantile
 
 MODEL = "soaked"
 
@@ -180,8 +181,8 @@ async def soak(server: ServerProcess, num_clients: int, seconds: float) -> dict[
         "memory_growth": round(sizes[-1] / settled - 1, 4),
         "memory_mib": round(sizes[-1] / 2**20),
         "tokens_per_s": round(tally.num_tokens / took_s, 1),
-        "ttft_ms_p50_p99": [round(1e3 * percentile(tally.ttfts_s, p), 1) for p in (0.5, 0.99)],
-        "tbt_ms_p50_p99": [round(1e3 * percentile(tally.tbts_s, p), 1) for p in (0.5, 0.99)],
+        "ttft_ms_p50_p99": [round(1e3 * quantile(tally.ttfts_s, p), 1) for p in (0.5, 0.99)],
+        "tbt_ms_p50_p99": [round(1e3 * quantile(tally.tbts_s, p), 1) for p in (0.5, 0.99)],
     }
 
 

@@ -1,12 +1,12 @@
 """What the live page shows: the latest steps, and percentiles of the latest times."""
 
 import collections
-import math
 import threading
 from collections.abc import Iterable
 from typing import Any
 
 from sarathi_jax.request import RequestOutput
+from sarathi_jax.telemetry.definitions import quantile
 from sarathi_jax.telemetry.steps import StepRecord
 
 NUM_STEPS = 240
@@ -83,6 +83,6 @@ class LiveView:
 
 def _percentiles(seconds: Iterable[float]) -> dict[str, float | int]:
     """Count, and P50, P90, P99 in milliseconds (nearest rank)."""
-    ordered = sorted(seconds)
-    ranks = {f"p{p}": ordered[max(0, math.ceil(p / 100 * len(ordered)) - 1)] for p in (50, 90, 99) if ordered}
-    return {"count": len(ordered)} | {name: round(value * 1e3, 3) for name, value in ranks.items()}
+    values = list(seconds)
+    ranks = {f"p{p}": quantile(values, p / 100) for p in (50, 90, 99) if values}
+    return {"count": len(values)} | {name: round(value * 1e3, 3) for name, value in ranks.items()}

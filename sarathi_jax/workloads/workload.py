@@ -1,0 +1,68 @@
+"""A workload: how many requests, how long each is, and when it arrives."""
+
+import dataclasses
+import random
+
+from sarathi_jax.workloads.arrivals import ArrivalSource
+from sarathi_jax.workloads.lengths import WorkloadError, scaled
+from sarathi_jax.workloads.traces import LengthSource
+
+
+@dataclasses.dataclass(frozen=True)
+class TimedRequest:
+    """A request to be sent.
+
+    Attributes:
+      arrival_s: seconds from the start.
+      prompt, output: tokens, both at least 1.
+    """
+
+    arrival_s: float
+    prompt: int
+    output: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What arrives, whoever serves it: ``Workload(partial(synthesise, CHAT), partial(poisson, 2.5), 1000, seed=0)``.
+
+    Attributes:
+      lengths: number and seed to lengths.
+      arrivals: number and seed to seconds.
+      number: of requests, at least 1.
+      seed: the same one gives the same requests. Neither of lengths and arrivals changes with the other.
+      context: of the model, to which lengths are scaled; None: they are left as they are.
+      longest: prompt and output together before scaling; needed with a context.
+    """
+
+    lengths: LengthSource
+    arrivals: ArrivalSource
+    number: int
+    seed: int = 0
+    context: int | None = None
+    longest: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.number < 1:
+            raise WorkloadError(f"a workload has at least 1 request, not {self.number}")
+        if (self.context is None) != (self.longest is None):
+            raise WorkloadError("context and longest go together: lengths of at most `longest` are scaled to `context`")
+
+    def requests(self) -> list[TimedRequest]:
+        """The requests in the order of their arrival.
+
+        Raises:
+          WorkloadError: lengths or arrivals cannot be had.
+        """
+        lengths = self.lengths(self.number, _seed_of("lengths", self.seed))
+        if self.context is not None and self.longest is not None:
+            lengths = scaled(lengths, self.longest, self.context)
+        arrivals_s = self.arrivals(self.number, _seed_of("arrivals", self.seed))
+        return [
+            TimedRequest(at_s, length.prompt, length.output) for at_s, length in zip(arrivals_s, lengths, strict=True)
+        ]
+
+
+def _seed_of(what: str, seed: int) -> int:
+    """Of one seed two that have nothing in common, so that long requests do not come at long gaps."""
+    return random.Random(f"{what} {seed}").getrandbits(64)
