@@ -14,7 +14,9 @@ import numpy as np
 
 from sarathi_jax.latency.devices import Device, HostTerm, Kernels, Link
 from sarathi_jax.latency.roofline import Gemm, Roofline, Work, gemm_s
+from sarathi_jax.latency.table import chunk_keys
 
+_KNOTS = (1, 8, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 2048, 3072, 4096)
 _GEMMS = ("attn_pre_proj", "attn_post_proj", "mlp_up_proj", "mlp_down_proj")
 
 
@@ -45,9 +47,9 @@ class LayerTime:
 
 @dataclasses.dataclass(frozen=True)
 class Iteration:
-    """A measured iteration: what it did and how long it took."""
+    """Measured iterations, one or several in a row: what each did and how long they took together."""
 
-    work: Work
+    works: tuple[Work, ...]
     seconds: float
 
 
@@ -94,11 +96,31 @@ def read_iterations(path: Path, context: int = 0) -> list[Iteration]:
         seconds = float(row["batch_execution_time"])
         # No iteration here takes 10 s, none 10 ms.
         seconds = seconds if seconds < 10 else 1e-3 * seconds
-        pairs = prefills * (prefills + 1) // 2
-        work = Work(decodes + prefills, decodes, decodes * context, pairs, decodes + (prefills > 0))
-        return Iteration(work, seconds)
+        work = Work(decodes + prefills, decodes, decodes * context, chunk_keys(0, prefills), decodes + (prefills > 0))
+        return Iteration((work,), seconds)
 
     return _read(path, iteration)
+
+
+def prompt_works(num_tokens: int, chunk_size: int) -> tuple[Work, ...]:
+    """The steps of one prompt alone, in chunks."""
+    sizes = [(start, min(chunk_size, num_tokens - start)) for start in range(0, num_tokens, chunk_size)]
+    return tuple(Work(length, num_prefill_keys=chunk_keys(start, length)) for start, length in sizes)
+
+
+def read_prefills(path: Path) -> list[tuple[int, int, Iteration]]:
+    """(prompt length, chunk size, whole prefill) of the paper's artifact, ``figure_9a``; times in ms.
+
+    Raises:
+      FitError: a column is missing.
+    """
+
+    def prefill(row: dict[str, str]) -> tuple[int, int, Iteration]:
+        length, chunk_size = int(row["prefill_length"]), int(row["chunk_size"])
+        seconds = 1e-3 * float(row["prefill_execution_time"])
+        return length, chunk_size, Iteration(prompt_works(length, chunk_size), seconds)
+
+    return _read(path, prefill)
 
 
 def fit_kernels(times: Sequence[LayerTime], device: Device) -> Kernels:
@@ -122,7 +144,9 @@ def fit_kernels(times: Sequence[LayerTime], device: Device) -> Kernels:
             return np.inf
         return float(np.mean(np.abs(layer_errors(gemms, seconds, device, kernels(x)))))
 
+    start = dataclasses.replace(start, by_tokens=())
     products = kernels(nelder_mead(error, np.array([0.75, 0.85, 6.0, 1.7, 0.5])))
+    products = dataclasses.replace(products, by_tokens=_by_tokens(gemms, seconds, device, products))
     streams = np.array([stream for time in times for stream in time.streams])
     bytes_s = 2 * streams[:, 0] / device.bandwidth
 
@@ -131,6 +155,15 @@ def fit_kernels(times: Sequence[LayerTime], device: Device) -> Kernels:
 
     share, launch = nelder_mead(stream_error, np.array([0.5, 3.0]))
     return dataclasses.replace(products, stream_bytes=float(share), stream_launch_s=float(launch) * 1e-6)
+
+
+def _by_tokens(
+    gemms: Gemm, seconds: np.ndarray, device: Device, kernels: Kernels
+) -> tuple[tuple[int, float], ...]:
+    """All the time that layers took to all that they should have, at each size of `_KNOTS`."""
+    tokens, expected = gemms.m[:, 0], gemm_s(gemms, device, kernels)
+    sums = [(knot, seconds[tokens == knot].sum(), expected[tokens == knot].sum()) for knot in _KNOTS if knot in tokens]
+    return tuple((knot, round(float(measured / ours), 3)) for knot, measured, ours in sums)
 
 
 def stack_gemms(times: Sequence[LayerTime]) -> Gemm:
@@ -174,20 +207,21 @@ def fit_host(iterations: Sequence[Iteration], roofline: Roofline) -> HostTerm:
     """The host term with the least mean relative error.
 
     Args:
-      iterations: of a serving stack.
+      iterations: of a serving stack; without chunked prompts `masked_share` cannot be told from `attention_flops`.
       roofline: of the same model on the same devices, without a host term.
     """
 
     def host(x: np.ndarray) -> HostTerm:
-        return HostTerm(1e-3 * x[0], 1e-3 * x[1], x[2], x[3])
+        launch, step, sequence = 1e-3 * x[:3]
+        return HostTerm(float(launch), float(step), float(sequence), float(x[3]), float(x[4]))
 
     def error(x: np.ndarray) -> float:
-        if not (np.all(x[:2] >= 0) and 1 <= x[2] <= 3 and 0.01 < x[3] <= 1):
+        if not (np.all(x[:3] >= 0) and 0.01 < x[3] <= 1 and 0 <= x[4] <= 1):
             return np.inf
         stack = roofline.with_host(host(x))
-        return float(np.mean([abs(stack.work_s(it.work) / it.seconds - 1) for it in iterations]))
+        return float(np.mean([abs(sum(map(stack.work_s, it.works)) / it.seconds - 1) for it in iterations]))
 
-    return host(nelder_mead(error, np.array([20.0, 1.0, 1.2, 0.3])))
+    return host(nelder_mead(error, np.array([40.0, 10.0, 1.0, 0.4, 0.5])))
 
 
 def nelder_mead(

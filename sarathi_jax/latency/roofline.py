@@ -10,6 +10,8 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
+
 from sarathi_jax.config import ModelConfig
 from sarathi_jax.latency.devices import Device, HostTerm, Kernels, Link
 
@@ -57,7 +59,11 @@ def gemm_s(gemm: Gemm, device: Device, kernels: Kernels, value_bytes: float = 2,
     tiles = -(-m // kernels.tile) * kernels.tile / m
     flops_s = 2 * m * k * n * tiles**kernels.tile_share / device.peak_flops
     bytes_s = (value_bytes * (m * k + m * n) + weight_bytes * k * n) / device.bandwidth
-    return _soft_max(flops_s / kernels.flops, bytes_s / kernels.bytes, kernels.sharpness) + kernels.launch_s
+    seconds = _soft_max(flops_s / kernels.flops, bytes_s / kernels.bytes, kernels.sharpness) + kernels.launch_s
+    if not kernels.by_tokens:
+        return seconds
+    rows, factors = zip(*kernels.by_tokens, strict=True)
+    return seconds * np.interp(np.log(m), np.log(rows), factors)
 
 
 def layer_gemms(model: ModelConfig, tp: int, num_tokens: int) -> tuple[Gemm, Gemm, Gemm, Gemm]:
@@ -151,7 +157,7 @@ class Roofline:
             vocab = math.ceil(model.vocab_size / self.tp)
             seconds += self._gemm_s(Gemm(max(1, work.num_sequences), model.hidden_size, vocab))
             seconds += self._stream_s(2 * work.num_tokens * model.hidden_size)
-        return host.device_factor * seconds + host.step_s + host.sequence_s * work.num_sequences
+        return max(seconds, host.launch_s) + host.step_s + host.sequence_s * work.num_sequences
 
     def send_s(self, num_tokens: int) -> float:
         """Seconds from one stage to the next; 0 without stages."""
@@ -170,6 +176,9 @@ class Roofline:
         """
         model = self.model
         num_queries = work.num_tokens - work.num_decodes
+        num_chunks = max(1, work.num_sequences - work.num_decodes)
+        # Half of the square of a chunk lies behind the mask.
+        masked = self.host.masked_share * num_queries * (num_queries / num_chunks - 1) / 2
         pairs, keys = work.num_prefill_keys, work.num_decode_keys
         if window is not None:
             pairs, keys = min(pairs, num_queries * window), min(keys, work.num_decodes * window)
@@ -179,7 +188,7 @@ class Roofline:
         if pairs:
             # Keys of a chunk: those of its middle query, and half of its own after that.
             chunk_bytes = key_bytes * (pairs / num_queries + num_queries / 2)
-            seconds += self._attention_kernel_s(pairs * pair_flops, chunk_bytes)
+            seconds += self._attention_kernel_s((pairs + masked) * pair_flops, chunk_bytes)
         if keys:
             seconds += self._attention_kernel_s(keys * pair_flops, keys * key_bytes)
         return seconds
