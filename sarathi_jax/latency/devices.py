@@ -72,6 +72,7 @@ class Device:
       memory_bytes: of it.
       kernels: what is reached.
       links: (most devices of a group, the link between them), ascending.
+      send: from a stage to the next.
       fitted: whether `kernels` comes from this device's own measurements.
     """
 
@@ -81,6 +82,7 @@ class Device:
     memory_bytes: int
     kernels: Kernels
     links: tuple[tuple[int, Link], ...]
+    send: Link
     fitted: bool = False
 
     def link(self, num_devices: int) -> Link:
@@ -97,10 +99,10 @@ class Device:
 
 @dataclasses.dataclass(frozen=True)
 class HostTerm:
-    """What a serving stack adds to its kernels: ``max(kernels, launch_s) + step_s + sequence_s * sequences``.
+    """What a serving stack adds to its kernels: ``max(kernels, layers * launch_s) + step_s + sequence_s * sequences``.
 
     Attributes:
-      launch_s: the host needs it to launch a step's kernels, while the first of them run already.
+      launch_s: the host needs it to launch a layer's kernels, while earlier ones run.
       step_s: each step, while the device waits.
       sequence_s: each sequence of a step, likewise.
       attention_flops: share of the peak that its attention reaches; None: as of the device.
@@ -114,25 +116,103 @@ class HostTerm:
     masked_share: float = 0.0
 
 
-_A100_KERNELS = Kernels(0.7465, 0.9155, 6.26e-6, 1.828, 128, 0.692, (), 0.511, 2.38e-6)
-_A40_KERNELS = Kernels(0.7840, 0.8187, 6.37e-6, 1.835, 128, 0.477, (), 0.778, 0.91e-6)
-# Of devices without published kernel times: what the two fitted ones reach on average.
-_MEAN_KERNELS = Kernels(0.765, 0.867, 6.3e-6, 1.83, 128, 0.58, (), 0.64, 1.6e-6)
-_CPU_KERNELS = Kernels(0.8, 0.8, 5e-6, 1.83, 8, 1.0, (), 0.8, 5e-6)
+# Fitted to the kernel times that vidur publishes (three models, tp 1 to 8).
+_A100_KERNELS = Kernels(
+    flops=0.7465,
+    bytes=0.9155,
+    launch_s=6.26e-6,
+    sharpness=1.828,
+    tile_share=0.692,
+    by_tokens=(
+        (1, 1.074),
+        (8, 1.027),
+        (64, 0.898),
+        (96, 1.019),
+        (128, 0.968),
+        (192, 0.972),
+        (256, 0.978),
+        (384, 0.971),
+        (512, 1.011),
+        (768, 1.005),
+        (1024, 1.061),
+        (1280, 0.964),
+        (1536, 1.006),
+        (2048, 0.993),
+        (3072, 1.004),
+        (4096, 0.975),
+    ),
+    stream_bytes=0.511,
+    stream_launch_s=2.38e-6,
+)
+_A40_KERNELS = Kernels(
+    flops=0.7840,
+    bytes=0.8187,
+    launch_s=6.37e-6,
+    sharpness=1.835,
+    tile_share=0.477,
+    by_tokens=(
+        (1, 1.021),
+        (8, 1.021),
+        (64, 1.033),
+        (96, 1.0),
+        (128, 0.959),
+        (192, 0.925),
+        (256, 0.9),
+        (384, 0.966),
+        (512, 1.037),
+        (768, 0.979),
+        (1024, 1.03),
+        (1280, 0.98),
+        (1536, 0.976),
+        (2048, 1.004),
+        (3072, 1.017),
+        (4096, 1.043),
+    ),
+    stream_bytes=0.778,
+    stream_launch_s=0.91e-6,
+)
+# Of devices without published kernel times: what these two reach on average.
+_MEAN_KERNELS = Kernels(
+    flops=0.765,
+    bytes=0.867,
+    launch_s=6.3e-6,
+    sharpness=1.83,
+    tile_share=0.58,
+    stream_bytes=0.64,
+    stream_launch_s=1.6e-6,
+)
 
-NVLINK_PAIR = Link(34.7e-6, 193e9)  # two A100, fitted to all-reduces
-NVLINK_PAIRS = Link(57.6e-6, 23.7e9)  # four A100, NVLink within pairs, PCIe between them, fitted
-NVSWITCH = Link(43.8e-6, 174e9)  # four A100 of a DGX, fitted; eight reach 154e9
-NODES_4 = Link(214e-6, 21.8e9)  # all-reduce over two nodes of four A100, fitted
-ETHERNET_100G = Link(27.9e-6, 7.76e9)  # one node to another, fitted to sends
-# Published; latencies as of NVSwitch.
-_NVLINK_4 = Link(43.8e-6, 350e9)
-_ICI = Link(10e-6, 45e9)
-_MEMORY = Link(20e-6, 5e9)
+# Fitted to the messages that vidur publishes.
+NVLINK_PAIR = Link(34.7e-6, 193e9)  # all-reduce of two A100
+NVLINK_PAIRS = Link(57.6e-6, 23.7e9)  # of four A100: NVLink within pairs, PCIe between them
+NVSWITCH = Link(43.8e-6, 174e9)  # of four A100 of a DGX; eight reach 154e9
+TWO_NODES = Link(214e-6, 21.8e9)  # of eight A100, four a node
+ETHERNET_100G = Link(27.9e-6, 7.76e9)  # a send from one node to another
+A40_SEND = Link(0.5e-6, 4.08e9)  # a send within a node of A40
+# No times are published of these: nominal bandwidths, latencies as of the fitted ones.
+_HOPPER_NVSWITCH = Link(43.8e-6, 360e9)
+_TPU_ICI = Link(10e-6, 45e9)
+_SAME_MEMORY = Link(20e-6, 5e9)
+
+_A100_LINKS = ((2, NVLINK_PAIR), (4, NVLINK_PAIRS), (8, TWO_NODES))
+# All-reduces of A40 are not published: an assumption, since PCIe joins their pairs as it joins those of the A100.
+_A40_LINKS = ((2, NVLINK_PAIR), (8, NVLINK_PAIRS))
 
 DEVICES = {
     device.name: device
     for device in (
-        Device("a100-80gb", 312e12, 2.039e12, 80 << 30, _A100_KERNELS, ((2, NVLINK_PAIR), (4, NVLINK_PAIRS), (8, NODES_4)), True),
+        Device("a100-80gb", 312e12, 2.039e12, 80 << 30, _A100_KERNELS, _A100_LINKS, ETHERNET_100G, fitted=True),
+        Device("a40", 149.7e12, 0.696e12, 48 << 30, _A40_KERNELS, _A40_LINKS, A40_SEND, fitted=True),
+        Device("h100", 989e12, 3.35e12, 80 << 30, _MEAN_KERNELS, ((8, _HOPPER_NVSWITCH),), _HOPPER_NVSWITCH),
+        Device("h200", 989e12, 4.8e12, 141 * 10**9, _MEAN_KERNELS, ((8, _HOPPER_NVSWITCH),), _HOPPER_NVSWITCH),
+        Device("tpu-v5e", 197e12, 0.819e12, 16 << 30, _MEAN_KERNELS, ((256, _TPU_ICI),), _TPU_ICI),
+        # Two cores of 2.5 GHz with AVX-512, nominal: `main.py profile` measures what this machine really does.
+        Device("cpu", 320e9, 20e9, 8 << 30, _MEAN_KERNELS, ((8, _SAME_MEMORY),), _SAME_MEMORY),
     )
 }
+
+# Fitted to the iterations of the paper's artifact (Yi-34B, tp 2 on A100; prompts of at most 8k): the stack that the paper
+# measured, for simulations of the paper. An engine that keeps its device busy has none.
+PUBLISHED_STACK = HostTerm(
+    launch_s=0.6007e-3, step_s=9.48e-3, sequence_s=1.286e-3, attention_flops=0.386, masked_share=0.597
+)

@@ -157,9 +157,7 @@ def fit_kernels(times: Sequence[LayerTime], device: Device) -> Kernels:
     return dataclasses.replace(products, stream_bytes=float(share), stream_launch_s=float(launch) * 1e-6)
 
 
-def _by_tokens(
-    gemms: Gemm, seconds: np.ndarray, device: Device, kernels: Kernels
-) -> tuple[tuple[int, float], ...]:
+def _by_tokens(gemms: Gemm, seconds: np.ndarray, device: Device, kernels: Kernels) -> tuple[tuple[int, float], ...]:
     """All the time that layers took to all that they should have, at each size of `_KNOTS`."""
     tokens, expected = gemms.m[:, 0], gemm_s(gemms, device, kernels)
     sums = [(knot, seconds[tokens == knot].sum(), expected[tokens == knot].sum()) for knot in _KNOTS if knot in tokens]
@@ -169,7 +167,8 @@ def _by_tokens(
 def stack_gemms(times: Sequence[LayerTime]) -> Gemm:
     """The products of all layers as one: arrays [layers, 4]."""
     m, k, n = (
-        np.array([[getattr(gemm, side) for gemm in time.gemms] for time in times], np.float64) for side in ("m", "k", "n")
+        np.array([[getattr(gemm, side) for gemm in time.gemms] for time in times], np.float64)
+        for side in ("m", "k", "n")
     )
     return Gemm(m, k, n)
 
@@ -221,7 +220,7 @@ def fit_host(iterations: Sequence[Iteration], roofline: Roofline) -> HostTerm:
         stack = roofline.with_host(host(x))
         return float(np.mean([abs(sum(map(stack.work_s, it.works)) / it.seconds - 1) for it in iterations]))
 
-    return host(nelder_mead(error, np.array([40.0, 10.0, 1.0, 0.4, 0.5])))
+    return host(nelder_mead(error, np.array([0.65, 10.0, 1.0, 0.4, 0.5])))
 
 
 def nelder_mead(

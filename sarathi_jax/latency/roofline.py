@@ -86,7 +86,7 @@ class Roofline:
       device: where.
       tp, pp: devices of a stage, stages.
       pp_layers: layers of each stage; None: as even as they can be.
-      tp_link, pp_link: of the devices of a stage, of two stages; None: what `device.links` names.
+      tp_link, pp_link: of the devices of a stage, of two stages; None: `device.links`, `device.send`.
       host: what the serving stack adds; None: nothing.
       value_bytes, weight_bytes: of an activation or a cached key, of a weight.
 
@@ -108,13 +108,15 @@ class Roofline:
         value_bytes: float = 2,
         weight_bytes: float = 2,
     ):
-        layers = pp_layers or tuple((stage + 1) * model.num_layers // pp - stage * model.num_layers // pp for stage in range(pp))
+        layers = pp_layers or tuple(
+            (stage + 1) * model.num_layers // pp - stage * model.num_layers // pp for stage in range(pp)
+        )
         if len(layers) != pp or sum(layers) != model.num_layers:
             raise ValueError(f"pp_layers={layers} must be {pp} counts that add up to {model.num_layers} layers")
         self.model, self.device, self.tp, self.pp, self.pp_layers = model, device, tp, pp, layers
         self.host = host or _NO_HOST
         self._tp_link = tp_link or device.link(tp)
-        self._pp_link = pp_link or device.link(tp * pp)
+        self._pp_link = pp_link or device.send
         self._value_bytes, self._weight_bytes = value_bytes, weight_bytes
         self._attention = self._attention_kernels(self.host)
         starts = [sum(layers[:stage]) for stage in range(pp)]
@@ -157,7 +159,7 @@ class Roofline:
             vocab = math.ceil(model.vocab_size / self.tp)
             seconds += self._gemm_s(Gemm(max(1, work.num_sequences), model.hidden_size, vocab))
             seconds += self._stream_s(2 * work.num_tokens * model.hidden_size)
-        return max(seconds, host.launch_s) + host.step_s + host.sequence_s * work.num_sequences
+        return max(seconds, self.pp_layers[stage] * host.launch_s) + host.step_s + host.sequence_s * work.num_sequences
 
     def send_s(self, num_tokens: int) -> float:
         """Seconds from one stage to the next; 0 without stages."""
@@ -222,10 +224,9 @@ class Roofline:
         streams += [(_num_ups(model) + 1) * math.ceil(model.intermediate_size / tp)]
         streams += [3 * model.hidden_size] * num_sums
         message = self._value_bytes * num_tokens * model.hidden_size
-        return (
-            sum(self._stream_s(num_tokens * num_values) for num_values in streams)
-            + num_sums * self._tp_link.all_reduce_s(message, tp)
-        )
+        return sum(
+            self._stream_s(num_tokens * num_values) for num_values in streams
+        ) + num_sums * self._tp_link.all_reduce_s(message, tp)
 
     def _gemm_s(self, gemm: Gemm) -> float:
         return gemm_s(gemm, self.device, self.device.kernels, self._value_bytes, self._weight_bytes)
