@@ -207,7 +207,7 @@ def fit_host(iterations: Sequence[Iteration], roofline: Roofline) -> HostTerm:
 
     Args:
       iterations: of a serving stack; without chunked prompts `masked_share` cannot be told from `attention_flops`.
-      roofline: of the same model on the same devices, without a host term.
+      roofline: of the same model on the same devices.
     """
 
     def host(x: np.ndarray) -> HostTerm:
@@ -220,7 +220,11 @@ def fit_host(iterations: Sequence[Iteration], roofline: Roofline) -> HostTerm:
         stack = roofline.with_host(host(x))
         return float(np.mean([abs(sum(map(stack.work_s, it.works)) / it.seconds - 1) for it in iterations]))
 
-    return host(nelder_mead(error, np.array([0.65, 10.0, 1.0, 0.4, 0.5])))
+    best = np.array([0.65, 10.0, 1.0, 0.4, 0.5])
+    for _ in range(4):
+        # The valley is flat: a simplex that has shrunk too early is spread again.
+        best = nelder_mead(error, best)
+    return host(best)
 
 
 def nelder_mead(

@@ -47,7 +47,7 @@ class Gemm:
 
 
 def gemm_s(gemm: Gemm, device: Device, kernels: Kernels, value_bytes: float = 2, weight_bytes: float = 2) -> Any:
-    """Seconds of a product.
+    """Seconds of a product: a float, or an array where `gemm` holds arrays.
 
     Args:
       gemm: its sizes.
@@ -125,6 +125,7 @@ class Roofline:
             for start, length in zip(starts, layers, strict=True)
         ]
         self._dense: dict[int, float] = {}
+        self._logits: dict[int, float] = {}
 
     def __repr__(self) -> str:
         return f"Roofline({self.device.name}, tp={self.tp}, pp={self.pp})"
@@ -156,8 +157,7 @@ class Roofline:
         if stage == 0:
             seconds += self._stream_s(2 * work.num_tokens * model.hidden_size)
         if stage == self.pp - 1:
-            vocab = math.ceil(model.vocab_size / self.tp)
-            seconds += self._gemm_s(Gemm(max(1, work.num_sequences), model.hidden_size, vocab))
+            seconds += self._logits_s(max(1, work.num_sequences))
             seconds += self._stream_s(2 * work.num_tokens * model.hidden_size)
         return max(seconds, self.pp_layers[stage] * host.launch_s) + host.step_s + host.sequence_s * work.num_sequences
 
@@ -211,6 +211,12 @@ class Roofline:
             self._dense[num_tokens] = self.gemms_s(num_tokens) + self._others_s(num_tokens)
         return self._dense[num_tokens]
 
+    def _logits_s(self, num_sequences: int) -> float:
+        if num_sequences not in self._logits:
+            vocab = math.ceil(self.model.vocab_size / self.tp)
+            self._logits[num_sequences] = self._gemm_s(Gemm(num_sequences, self.model.hidden_size, vocab))
+        return self._logits[num_sequences]
+
     def _others_s(self, num_tokens: int) -> float:
         """Norms, rotation, activation, residual sums and all-reduces of a layer."""
         model, tp = self.model, self.tp
@@ -229,7 +235,7 @@ class Roofline:
         ) + num_sums * self._tp_link.all_reduce_s(message, tp)
 
     def _gemm_s(self, gemm: Gemm) -> float:
-        return gemm_s(gemm, self.device, self.device.kernels, self._value_bytes, self._weight_bytes)
+        return float(gemm_s(gemm, self.device, self.device.kernels, self._value_bytes, self._weight_bytes))
 
     def _stream_s(self, num_values: float) -> float:
         kernels = self.device.kernels

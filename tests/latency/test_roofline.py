@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sarathi_jax.config import ModelConfig, read_yaml
-from sarathi_jax.latency import chunk_keys, fit
+from sarathi_jax.latency import chunk_keys, devices, fit
 from sarathi_jax.latency.devices import DEVICES, PUBLISHED_STACK, HostTerm, Kernels, Link
 from sarathi_jax.latency.roofline import Gemm, Roofline, Work, gemm_s, layer_gemms
 from sarathi_jax.weights.hf_config import model_config_from_hf
@@ -90,31 +90,35 @@ def test_iterations_of_the_published_stack(files):
 
 @needs_data
 def test_chunking_overhead_of_the_published_stack():
-    """Up to 8k. Of 16k tokens at once the measured attention is slow beyond its masked half: chunks came out quicker
-    there than the whole (down to 0.81 of it), of which a roofline shows half at most."""
+    """Up to 8k. At 16k chunks were quicker than the whole, 0.81 of its time at the least: the attention of the measured
+    stack is slower on a long prompt at once, by more than the masked pairs that the host term counts."""
     prefills = fit.read_prefills(DATA / "osdi" / f"figure_9a_{OSDI}_chunking_overhead.csv")
     stack = published_stack()
     whole = {length: iteration for length, chunk_size, iteration in prefills if chunk_size >= length}
     compared = [(length, chunk_size, it) for length, chunk_size, it in prefills if length < 9000]
     assert len(compared) == 12
     for length, chunk_size, iteration in compared:
-        # The last row of a length is the one in one piece; 2048 holds the shortest in one piece as well.
         measured = iteration.seconds / whole[length].seconds
         ours = seconds(stack, iteration) / seconds(stack, whole[length])
         assert abs(ours - measured) <= 0.1, (length, chunk_size, ours, measured)
 
 
 @needs_data
-def test_host_term_is_what_the_fit_finds():
+def test_host_term_is_as_good_as_what_the_fit_finds():
     iterations = [
         it for path in sorted((DATA / "osdi").glob("figure_2_*.csv")) for it in fit.read_iterations(path, 1024)
     ]
     prefills = fit.read_prefills(DATA / "osdi" / f"figure_9a_{OSDI}_chunking_overhead.csv")
     iterations = [it for it in iterations if it.works[0].num_tokens < 9000]
     iterations += [it for length, _, it in prefills if length < 9000]
-    found = fit.fit_host(iterations, published_stack().with_host(HostTerm()))
-    for field in dataclasses.fields(HostTerm):
-        assert getattr(found, field.name) == pytest.approx(getattr(PUBLISHED_STACK, field.name), rel=0.05), field.name
+    bare = published_stack().with_host(HostTerm())
+
+    def error(host: HostTerm) -> float:
+        stack = bare.with_host(host)
+        return statistics.mean(abs(seconds(stack, it) / it.seconds - 1) for it in iterations)
+
+    # Few times and a flat valley: the constants themselves are less certain than what they give.
+    assert error(PUBLISHED_STACK) <= 1.02 * error(fit.fit_host(iterations, bare))
 
 
 @needs_data
@@ -130,8 +134,6 @@ def test_host_term_is_what_the_fit_finds():
     ],
 )
 def test_links_are_what_the_fit_finds(file, group, link):
-    from sarathi_jax.latency import devices
-
     messages = fit.read_messages(DATA / "vidur" / f"{file}.csv", *group)
     found = fit.fit_link(messages, group[0] if file.startswith("all_reduce") else None)
     assert found.bandwidth == pytest.approx(getattr(devices, link).bandwidth, rel=0.02)
@@ -163,8 +165,8 @@ def test_more_work_takes_longer():
     mixed = Work(512, 32, 32 * 1024, chunk_keys(0, 480), 33)
     times = [roofline.work_s(work) for work in (decodes, longer, mixed)]
     assert times == sorted(times)
-    # Weights are read once: 14.2 GB at 2 TB/s, and a little more.
-    assert 7e-3 < times[0] < 14e-3
+    # 14.2 GB of weights and 4.3 GB of keys and values are read once, at 2.04 TB/s and somewhat less.
+    assert 9.1e-3 < times[0] < 14e-3
     assert roofline.step_s(512, 0, chunk_keys(0, 512)) == roofline.work_s(
         Work(512, num_prefill_keys=chunk_keys(0, 512))
     )
