@@ -1,4 +1,4 @@
-"""How long a step takes: measured times of the programs, how far the device drifts from them; the roofline of others."""
+"""How long steps take: measured times of the programs, how far the device drifts from them; a roofline of others."""
 
 from sarathi_jax.latency.devices import DEVICES, PUBLISHED_STACK, Device, HostTerm, Kernels, Link
 from sarathi_jax.latency.forecast import Backlog, time_to_first_token_s

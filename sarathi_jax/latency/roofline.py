@@ -183,7 +183,9 @@ class Roofline:
         masked = self.host.masked_share * num_queries * (num_queries / num_chunks - 1) / 2
         pairs, keys = work.num_prefill_keys, work.num_decode_keys
         if window is not None:
-            pairs, keys = min(pairs, num_queries * window), min(keys, work.num_decodes * window)
+            pairs = min(pairs, num_queries * window)
+            # Who does not know how many decodes there are (`step_s`) gets no bound of theirs.
+            keys = min(keys, work.num_decodes * window) if work.num_decodes else keys
         heads, kv_heads = math.ceil(model.num_heads / self.tp), math.ceil(model.num_kv_heads / self.tp)
         pair_flops, key_bytes = 4 * heads * model.head_dim, 2 * self._value_bytes * kv_heads * model.head_dim
         seconds = 0.0

@@ -171,6 +171,9 @@ def test_more_work_takes_longer():
         Work(512, num_prefill_keys=chunk_keys(0, 512))
     )
     assert roofline.step_s(32, 32 * 1024, 0) == times[0]
+    # The small face does not know the number of decodes, but counts what they read.
+    keys = chunk_keys(0, 480)
+    assert roofline.step_s(512, 32 * 1024, keys) > roofline.step_s(512, 0, keys)
 
 
 def test_a_window_bounds_what_is_read():
