@@ -1,7 +1,25 @@
-"""How long a step takes: measured times of the programs, how far the device has drifted from them, what follows."""
+"""How long steps take: measured times of the programs, how far the device drifts from them; a roofline of others."""
 
+from sarathi_jax.latency.devices import DEVICES, PUBLISHED_STACK, Device, HostTerm, Kernels, Link
 from sarathi_jax.latency.forecast import Backlog, time_to_first_token_s
+from sarathi_jax.latency.roofline import Roofline, Work
 from sarathi_jax.latency.table import LatencyTable, TableError, Timing, chunk_keys
 from sarathi_jax.latency.times import StepTimes
 
-__all__ = ["Backlog", "LatencyTable", "StepTimes", "TableError", "Timing", "chunk_keys", "time_to_first_token_s"]
+__all__ = [
+    "DEVICES",
+    "PUBLISHED_STACK",
+    "Backlog",
+    "Device",
+    "HostTerm",
+    "Kernels",
+    "LatencyTable",
+    "Link",
+    "Roofline",
+    "StepTimes",
+    "TableError",
+    "Timing",
+    "Work",
+    "chunk_keys",
+    "time_to_first_token_s",
+]
