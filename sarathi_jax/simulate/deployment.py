@@ -13,7 +13,8 @@ class Deployment:
     Attributes:
       model: what is served.
       device: of which there are ``dp * tp * pp``.
-      engine: as it would be served: policy, buckets, tp, pp, dp, limits, promises. `num_blocks` None: what memory leaves.
+      engine: as it would be served: policy, buckets, tp, pp, dp, limits, promises; without `num_blocks` the cache has
+        what memory leaves.
       table: measured times of the programs in place of the roofline's; pp must be 1.
       host: what the serving stack adds to the kernels' time; None: nothing.
       pads: a step takes the time of its bucket, as compiled programs do; False: of its tokens, as eager stacks do.
