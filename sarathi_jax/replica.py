@@ -13,7 +13,7 @@ from sarathi_jax.config import CacheConfig, ConfigError, EngineConfig, ModelConf
 from sarathi_jax.engine import Engine
 from sarathi_jax.executor import DeviceExecutor
 from sarathi_jax.latency import StepTimes
-from sarathi_jax.parallel import TensorSplit, make_meshes, split_layers
+from sarathi_jax.parallel import TensorSplit, make_meshes, put_parts, split_layers
 from sarathi_jax.parallel.hosts import Hosts
 from sarathi_jax.parallel.pipeline import is_local
 from sarathi_jax.program_store import ProgramStore
@@ -156,7 +156,7 @@ def _load(
         if not is_local(mesh):
             continue
         is_default = mesh.devices.tolist() == [jax.devices()[0]]
-        put = put_on_default_device if is_default else functools.partial(split.put, mesh)
+        put = put_on_default_device if is_default else functools.partial(put_parts, split, mesh)
         settings: dict[str, Any] = {"quantization": engine.quantization, "put": put, "layers": stage.layers}
         if path.is_dir():
             loaded = load_parameters(path, model, engine.dtype, progress=progress, **settings)

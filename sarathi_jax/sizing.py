@@ -1,5 +1,6 @@
 """How large the KV cache can be: what the device has left beside the weights and the largest program."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from sarathi_jax.config import CacheConfig, ConfigError, EngineConfig, ModelConfig
-from sarathi_jax.kv.cache import block_bytes
+from sarathi_jax.kv.sizes import block_bytes, wanted_cache
 from sarathi_jax.parallel import Stage, split_layers
 from sarathi_jax.parallel.pipeline import is_local
 from sarathi_jax.program_store import ProgramStore
@@ -29,21 +30,7 @@ def plan_cache(
     Raises:
       ConfigError: not even one sequence of a few blocks fits, or `max_model_len` exceeds the model's.
     """
-    max_model_len = model.max_position if engine.max_model_len is None else engine.max_model_len
-    if max_model_len > model.max_position:
-        raise ConfigError(
-            f"max_model_len={max_model_len} exceeds the {model.max_position} positions the model was trained for: "
-            "lower it, or give the model a rope scaling that extends them"
-        )
-    if max_model_len < 2:
-        raise ConfigError(f"max_model_len={max_model_len} leaves no room for a prompt and an output token")
-    per_seq = -(-max_model_len // engine.block_size)
-    if model.cache_window is not None:
-        # A windowed sequence frees what it passed: it holds its window, the largest chunk, and two cut blocks.
-        span = model.cache_window + engine.buckets[-1]
-        per_seq = min(per_seq, -(-span // engine.block_size) + 2)
-    wanted = engine.max_running * per_seq if engine.num_blocks is None else engine.num_blocks
-    cache = CacheConfig(wanted, engine.block_size, max_model_len)
+    cache = wanted_cache(model, engine)
     if engine.num_blocks is not None:
         return cache
     fits = min(
@@ -51,7 +38,7 @@ def plan_cache(
         for stage, mesh in zip(split_layers(model, engine), meshes, strict=True)
         if is_local(mesh)
     )
-    return CacheConfig(min(wanted, fits), engine.block_size, max_model_len)
+    return dataclasses.replace(cache, num_blocks=min(cache.num_blocks, fits))
 
 
 def _blocks_that_fit(

@@ -15,6 +15,7 @@ REPO = Path(__file__).resolve().parent.parent
 ROWS = (
     ("sarathi_jax", "sarathi_jax.resources"),
     ("sarathi_jax.config", "sarathi_jax.deployment"),
+    ("sarathi_jax.partition",),
     ("sarathi_jax.request",),
     ("sarathi_jax.sequence",),
     ("sarathi_jax.kv", "sarathi_jax.kv.blocks"),
@@ -74,7 +75,11 @@ HOST_ONLY = (
     "sarathi_jax.request",
     "sarathi_jax.sequence",
     "sarathi_jax.kv.blocks",
+    "sarathi_jax.kv.sizes",
     "sarathi_jax.latency",
+    "sarathi_jax.partition",
+    "sarathi_jax.simulate",
+    "sarathi_jax.workloads",
     "sarathi_jax.scheduling",
 )
 

@@ -19,7 +19,7 @@ from sarathi_jax.config import CacheConfig, ConfigError, EngineConfig, ModelConf
 from sarathi_jax.engine import Engine
 from sarathi_jax.executor import DeviceExecutor
 from sarathi_jax.kv.blocks import BlockPool
-from sarathi_jax.parallel import TensorSplit, make_meshes, split_layers
+from sarathi_jax.parallel import TensorSplit, make_meshes, put_parts, split_layers
 from sarathi_jax.request import SamplingParams
 from sarathi_jax.runner import Runner
 from sarathi_jax.sampling import SamplingTable
@@ -189,7 +189,7 @@ class SlowPipeline:
         meshes = make_meshes(self._model, self._engine, jax.devices())
         params = {}
         for stage, mesh in zip(split_layers(self._model, self._engine), meshes, strict=True):
-            put = functools.partial(TensorSplit(self._model, 1).put, mesh)
+            put = functools.partial(put_parts, TensorSplit(self._model, 1), mesh)
             params[stage.index] = random_parameters(self._model, "float32", 0, layers=stage.layers, put=put)
         self._runner = Runner(self._model, params, self._engine, self._cache, meshes, progress=False)
         self._time_of = time_of

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from sarathi_jax.config import CacheConfig, EngineConfig, ModelConfig
-from sarathi_jax.kv.cache import block_bytes
+from sarathi_jax.kv.sizes import block_bytes
 from sarathi_jax.models import ModelFunction
 from sarathi_jax.parallel import Stage, TensorSplit, split_layers
 from sarathi_jax.step_program import StepProgram, scratch_bytes

@@ -21,7 +21,7 @@ from absl import app, flags
 
 from sarathi_jax import LLM, SamplingParams
 from sarathi_jax.config import QUANTIZATIONS
-from sarathi_jax.kv.cache import block_bytes
+from sarathi_jax.kv.sizes import block_bytes
 from sarathi_jax.models.model import ModelFunction
 
 _MODEL = flags.DEFINE_string("model", None, "model folder or YAML; without it the model that ships")

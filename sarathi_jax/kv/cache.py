@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Sharding
 
-from sarathi_jax.config import CacheConfig, Dtype, ModelConfig
+from sarathi_jax.config import CacheConfig, ModelConfig
 
 KVCache = list[tuple[jax.Array, jax.Array]]
 
@@ -31,8 +31,3 @@ def allocate_cache(model: ModelConfig, cache: CacheConfig, dtype: jnp.dtype, for
     shape = cache_shapes(model, cache, dtype)[0][0].shape
     zeros = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=format)
     return [(zeros(), zeros()) for _ in range(model.num_layers)]
-
-
-def block_bytes(model: ModelConfig, block_size: int, dtype: Dtype) -> int:
-    """Bytes of one block over all layers."""
-    return 2 * model.num_layers * model.num_kv_heads * block_size * model.head_dim * jnp.dtype(dtype).itemsize

@@ -69,7 +69,7 @@ class Device:
       name: as in `DEVICES`.
       peak_flops: a second, dense, of the products' type.
       bandwidth: of its memory, bytes a second.
-      memory_bytes: of it.
+      memory_bytes: of it, as its driver reports it (of the H100 and the TPU the nominal size).
       kernels: what is reached.
       links: (most devices of a group, the link between them), ascending.
       send: from a stage to the next.
@@ -201,10 +201,10 @@ _A40_LINKS = ((2, NVLINK_PAIR), (8, NVLINK_PAIRS))
 DEVICES = {
     device.name: device
     for device in (
-        Device("a100-80gb", 312e12, 2.039e12, 80 << 30, _A100_KERNELS, _A100_LINKS, ETHERNET_100G, fitted=True),
-        Device("a40", 149.7e12, 0.696e12, 48 << 30, _A40_KERNELS, _A40_LINKS, A40_SEND, fitted=True),
+        Device("a100-80gb", 312e12, 2.039e12, 85_100_068_864, _A100_KERNELS, _A100_LINKS, ETHERNET_100G, fitted=True),
+        Device("a40", 149.7e12, 0.696e12, 47_600_000_000, _A40_KERNELS, _A40_LINKS, A40_SEND, fitted=True),
         Device("h100", 989e12, 3.35e12, 80 << 30, _MEAN_KERNELS, ((8, _HOPPER_NVSWITCH),), _HOPPER_NVSWITCH),
-        Device("h200", 989e12, 4.8e12, 141 * 10**9, _MEAN_KERNELS, ((8, _HOPPER_NVSWITCH),), _HOPPER_NVSWITCH),
+        Device("h200", 989e12, 4.8e12, 151_397_597_184, _MEAN_KERNELS, ((8, _HOPPER_NVSWITCH),), _HOPPER_NVSWITCH),
         Device("tpu-v5e", 197e12, 0.819e12, 16 << 30, _MEAN_KERNELS, ((256, _TPU_ICI),), _TPU_ICI),
         # Two cores of 2.5 GHz with AVX-512, nominal: `main.py profile` measures what this machine really does.
         Device("cpu", 320e9, 20e9, 8 << 30, _MEAN_KERNELS, ((8, _SAME_MEMORY),), _SAME_MEMORY),

@@ -4,7 +4,6 @@ Steps enter one after another and move on by one stage a tick, so that as many m
 stages (Sarathi-Serve, section 3.3).
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,80 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sarathi_jax.config import ConfigError, EngineConfig, ModelConfig
-from sarathi_jax.parallel.tensor import AXIS, TensorSplit
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """What one stage has of a model.
-
-    Attributes:
-      index: its place, from 0.
-      num_stages: pp.
-      layers: of the model; the embedding is with the first stage, norm and head are with the last.
-    """
-
-    index: int
-    num_stages: int
-    layers: range
-
-    @property
-    def is_first(self) -> bool:
-        return self.index == 0
-
-    @property
-    def is_last(self) -> bool:
-        return self.index == self.num_stages - 1
-
-
-def split_layers(model: ModelConfig, engine: EngineConfig) -> tuple[Stage, ...]:
-    """The stages of a pipeline, as `pp_layers` says or else such that the slowest is as quick as can be.
-
-    The time of a stage is taken to be proportional to the weights that its products read: the head counts as much as
-    its weights do in layers, the embedding is looked up and counts nothing.
-
-    Raises:
-      ConfigError: fewer layers than stages, or `pp_layers` does not fit; says what would.
-    """
-    if engine.pp > model.num_layers:
-        raise ConfigError(
-            f"pp={engine.pp}: the model's {model.num_layers} layers make at most {model.num_layers} stages: lower pp"
-        )
-    sizes = _balanced(model, engine.pp) if engine.pp_layers is None else engine.pp_layers
-    if len(sizes) != engine.pp or sum(sizes) != model.num_layers:
-        example = ",".join(map(str, _balanced(model, engine.pp)))
-        raise ConfigError(
-            f"pp_layers={','.join(map(str, sizes))} must be {engine.pp} numbers (pp) that add up to the model's "
-            f"{model.num_layers} layers, such as {example}"
-        )
-    ends = np.cumsum((0, *sizes)).tolist()
-    return tuple(Stage(i, engine.pp, range(ends[i], ends[i + 1])) for i in range(engine.pp))
-
-
-def _balanced(model: ModelConfig, num_stages: int) -> tuple[int, ...]:
-    """Layers of each stage: one each, then one at a time to the stage that it leaves the cheapest."""
-    head_layers = model.vocab_size * model.hidden_size / _layer_weights(model)
-    costs = np.ones(num_stages)
-    costs[-1] += head_layers
-    for _ in range(model.num_layers - num_stages):
-        costs[np.argmin(costs)] += 1
-    costs[-1] -= head_layers
-    return tuple(np.rint(costs).astype(int).tolist())
-
-
-def _layer_weights(model: ModelConfig) -> int:
-    attention = model.hidden_size * model.head_dim * 2 * (model.num_heads + model.num_kv_heads)
-    return attention + model.hidden_size * model.intermediate_size * (2 if model.architecture == "falcon" else 3)
-
-
-def check_split(model: ModelConfig, engine: EngineConfig) -> None:
-    """Refuses what no devices can serve.
-
-    Raises:
-      ConfigError: the model cannot be split by this tp or pp; says what would work.
-    """
-    TensorSplit(model, engine.tp)
-    split_layers(model, engine)
+from sarathi_jax.parallel.tensor import AXIS
+from sarathi_jax.partition import TensorSplit, check_split
 
 
 def make_meshes(model: ModelConfig, engine: EngineConfig, devices: Sequence[Any]) -> tuple[Mesh, ...]:

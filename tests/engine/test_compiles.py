@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sarathi_jax.compiling import CompileCounter
-from sarathi_jax.kv.cache import block_bytes
+from sarathi_jax.kv.sizes import block_bytes
 from sarathi_jax.request import SamplingParams
 from tests.engine.serving import NUM_BLOCKS, VOCAB_SIZE, Served, greedy, prompt_of
 
@@ -115,7 +115,7 @@ def test_start_up_is_told(decoder: Served):
 def test_step_updates_the_cache_in_place(served: str, request: pytest.FixtureRequest):
     """The compiler promises to alias cache and history, and keeps no second cache among its temporaries."""
     model: Served = request.getfixturevalue(served)
-    cache_bytes = NUM_BLOCKS * block_bytes(model.model, model.config.block_size, jnp.dtype(model.config.dtype))
+    cache_bytes = NUM_BLOCKS * block_bytes(model.model, model.config.block_size, model.config.dtype)
     for bucket in model.config.buckets:
         memory = model.runner.stages[0].programs[bucket].memory_analysis()
         assert memory.alias_size_in_bytes >= cache_bytes + model.runner.stages[0].history.nbytes

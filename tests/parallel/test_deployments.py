@@ -11,7 +11,7 @@ import pytest
 
 from sarathi_jax.config import CacheConfig, EngineConfig, ModelConfig
 from sarathi_jax.deployment import load_deployment
-from sarathi_jax.kv.cache import block_bytes
+from sarathi_jax.kv.sizes import block_bytes
 from sarathi_jax.models import ModelFunction
 from sarathi_jax.parallel import TensorSplit, split_layers
 from sarathi_jax.step_program import StepProgram
