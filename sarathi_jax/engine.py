@@ -125,6 +125,7 @@ class Engine:
         streams: bool = False,
         priority: int = 0,
         slo_ms: float | None = None,
+        arrival_s: float | None = None,
     ) -> Request:
         """Accepts a request; `step` will report it.
 
@@ -136,6 +137,7 @@ class Engine:
           streams: report every token, not only the end.
           priority: less goes first.
           slo_ms: longest time between two of its tokens, in milliseconds; None: the engine's.
+          arrival_s: when it really came, on the engine's clock, if it had to wait for a step to end; None: now.
 
         Returns:
           The request as it is served.
@@ -145,7 +147,9 @@ class Engine:
         """
         if request_id in self._records:
             raise RequestError(f"request_id={request_id!r} is in use: choose another")
-        request = self._intake.accept(request_id, prompt_token_ids, params, prompt, streams, priority, slo_ms)
+        request = self._intake.accept(
+            request_id, prompt_token_ids, params, prompt, streams, priority, slo_ms, arrival_s
+        )
         matchers = self._new_matchers(params)
         sequences = [Sequence(self._num_sequences + i, request, i) for i in range(params.n)]
         self._num_sequences += params.n

@@ -50,6 +50,7 @@ class Intake:
         streams: bool,
         priority: int,
         slo_ms: float | None,
+        arrival_s: float | None = None,
     ) -> Request:
         """Arguments and errors as of `Engine.add_request`."""
         if not isinstance(params, SamplingParams):
@@ -72,7 +73,7 @@ class Intake:
             seed=int(self._seeds.integers(MAX_SEED + 1)) if params.seed is None else params.seed,
             stop_token_ids=frozenset(params.stop_token_ids)
             | (frozenset() if params.ignore_eos else frozenset(self._model.eos_token_ids)),
-            arrival_s=self._clock.now_s(),
+            arrival_s=self._clock.now_s() if arrival_s is None else arrival_s,
             prompt=prompt,
             streams=streams,
             priority=priority,

@@ -195,6 +195,10 @@ class Replicas:
         self._owners: dict[str, Engine] = {}
 
     @property
+    def engines(self) -> tuple[Engine, ...]:
+        return tuple(self._engines)
+
+    @property
     def has_work(self) -> bool:
         return any(engine.has_work for engine in self._engines)
 
