@@ -145,7 +145,8 @@ def _misfit(model: ModelConfig, engine: EngineConfig, device: Device) -> str:
     return (
         f"the model does not fit: with tp={engine.tp} pp={engine.pp} {where} needs {largest.weights / _GIB:.2f} GiB "
         f"for weights and about {largest.scratch / _GIB:.2f} GiB for a step of {engine.buckets[-1]} tokens; "
-        f"{device.name} has {device.memory_bytes / _GIB:.2f} GiB, {(needed - device.memory_bytes) / _GIB:.2f} GiB too little; "
+        f"{device.name} has {device.memory_bytes / _GIB:.2f} GiB, {(needed - device.memory_bytes) / _GIB:.2f} GiB too "
+        "little; "
         + (f"what fits: {' or '.join(hints)}" if hints else "no tp and pp fit on this device: take a larger one")
     )
 
