@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -216,10 +217,15 @@ def keeps_promise(samples: Sequence[SampleTimes], end_s: float, tbt_slo_s: float
 
     99 % of the times between tokens are at most `tbt_slo_s`, and half of the scheduling delays at most 2 seconds.
     """
-    return (
-        tbts(samples, end_s).quantile(0.99) <= tbt_slo_s
-        and scheduling_delays(samples, end_s).quantile(0.5) <= MEDIAN_DELAY_SLO_S
-    )
+    return not broken_promises(tbts(samples, end_s), scheduling_delays(samples, end_s), tbt_slo_s)
+
+
+def broken_promises(
+    tbts: Observations, scheduling_delays: Observations, tbt_slo_s: float
+) -> tuple[Literal["tbt", "delay"], ...]:
+    """Which of the two parts of `keeps_promise` do not hold; nothing observed breaks nothing."""
+    is_slow, is_late = tbts.quantile(0.99) > tbt_slo_s, scheduling_delays.quantile(0.5) > MEDIAN_DELAY_SLO_S
+    return (("tbt",) if is_slow else ()) + (("delay",) if is_late else ())
 
 
 @dataclasses.dataclass(frozen=True)
