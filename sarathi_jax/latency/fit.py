@@ -32,7 +32,7 @@ class LayerTime:
       model: the file's name without its ending.
       tp: devices that share the layer.
       num_tokens: of the step.
-      gemms: the four products.
+      gemms: the four products; one where single products were measured.
       gemm_s: their seconds.
       streams: (values read and written, seconds) of kernels that only move bytes.
     """
@@ -123,6 +123,22 @@ def read_prefills(path: Path) -> list[tuple[int, int, Iteration]]:
     return _read(path, prefill)
 
 
+def read_products(path: Path) -> list[LayerTime]:
+    """Times of single products [m, k] x [k, n]: columns ``m``, ``k``, ``n``, ``ms``; each counts as a layer of one.
+
+    Raises:
+      FitError: a column is missing, or holds something else than a positive number.
+    """
+
+    def product(row: dict[str, str]) -> LayerTime:
+        m, k, n, seconds = int(row["m"]), int(row["k"]), int(row["n"]), 1e-3 * float(row["ms"])
+        if min(m, k, n) < 1 or not 0 < seconds < np.inf:
+            raise ValueError("sizes and times must be above 0")
+        return LayerTime(path.stem, 1, m, (Gemm(m, k, n),), (seconds,), ())
+
+    return _read(path, product)
+
+
 def fit_kernels(times: Sequence[LayerTime], device: Device) -> Kernels:
     """The constants that make the relative error of a layer's four products, summed, least on average.
 
@@ -148,6 +164,8 @@ def fit_kernels(times: Sequence[LayerTime], device: Device) -> Kernels:
     products = kernels(nelder_mead(error, np.array([0.75, 0.85, 6.0, 1.7, 0.5])))
     products = dataclasses.replace(products, by_tokens=_by_tokens(gemms, seconds, device, products))
     streams = np.array([stream for time in times for stream in time.streams])
+    if not len(streams):
+        return products
     bytes_s = 2 * streams[:, 0] / device.bandwidth
 
     def stream_error(x: np.ndarray) -> float:
@@ -165,7 +183,7 @@ def _by_tokens(gemms: Gemm, seconds: np.ndarray, device: Device, kernels: Kernel
 
 
 def stack_gemms(times: Sequence[LayerTime]) -> Gemm:
-    """The products of all layers as one: arrays [layers, 4]."""
+    """The products of all layers as one: arrays [layers, products of each]."""
     m, k, n = (
         np.array([[getattr(gemm, side) for gemm in time.gemms] for time in times], np.float64)
         for side in ("m", "k", "n")
@@ -178,7 +196,7 @@ def layer_errors(gemms: Gemm, seconds: np.ndarray, device: Device, kernels: Kern
 
     Args:
       gemms: of `stack_gemms`.
-      seconds: measured, [layers, 4].
+      seconds: measured, [layers, products of each].
       device: whose peaks.
       kernels: to be judged.
     """
