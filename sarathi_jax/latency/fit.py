@@ -80,6 +80,22 @@ def read_messages(path: Path, num_devices: int, devices_per_node: int) -> list[t
     return found
 
 
+def read_sizes(path: Path) -> list[tuple[float, float]]:
+    """(bytes, seconds) of messages: columns ``bytes`` and ``ms``.
+
+    Raises:
+      FitError: a column is missing, or holds something else than a positive number.
+    """
+
+    def message(row: dict[str, str]) -> tuple[float, float]:
+        num_bytes, seconds = float(row["bytes"]), 1e-3 * float(row["ms"])
+        if not (0 < num_bytes < np.inf and 0 < seconds < np.inf):
+            raise ValueError("bytes and times must be above 0")
+        return num_bytes, seconds
+
+    return _read(path, message)
+
+
 def read_iterations(path: Path, context: int = 0) -> list[Iteration]:
     """Iterations of the paper's artifact: one prompt, or decodes, or both; times in s or ms, told apart by size.
 
@@ -150,7 +166,7 @@ def fit_kernels(times: Sequence[LayerTime], device: Device) -> Kernels:
     start = device.kernels
 
     def kernels(x: np.ndarray) -> Kernels:
-        flops, num_bytes, launch, sharpness, tile_share = x
+        flops, num_bytes, launch, sharpness, tile_share = x.tolist()
         return dataclasses.replace(
             start, flops=flops, bytes=num_bytes, launch_s=launch * 1e-6, sharpness=sharpness, tile_share=tile_share
         )
