@@ -8,12 +8,15 @@ from types import ModuleType
 
 from absl import flags
 
-from sarathi_jax.cli import convert, generate, models, serve, train
+from sarathi_jax.cli import bench, calibrate, convert, generate, models, profile, serve, train
 from sarathi_jax.cli.fields import UsageError, describe, parse
 
 VERBS: dict[str, ModuleType] = {
     "generate": generate,
     "serve": serve,
+    "bench": bench,
+    "profile": profile,
+    "calibrate": calibrate,
     "models": models,
     "convert": convert,
     "train": train,
