@@ -14,7 +14,7 @@ from sarathi_jax.output import RequestRecord, SampleRecord
 from sarathi_jax.request import Request, RequestError, RequestOutput, SamplingParams, StructuredOutputsParams
 from sarathi_jax.scheduling.base import Scheduler
 from sarathi_jax.scheduling.plan import StepPlan, StepResult
-from sarathi_jax.sequence import Sequence, Status
+from sarathi_jax.sequence import Sequence
 from sarathi_jax.structured import Grammars, Matcher
 from sarathi_jax.telemetry.steps import Observer, StepRecord
 from sarathi_jax.tokenizer import Tokenizer
@@ -99,6 +99,7 @@ class Engine:
         self._matchers: dict[int, Matcher] = {}
         self._observers: list[Observer] = []
         self._records: dict[str, RequestRecord] = {}
+        self._owners: dict[int, RequestRecord] = {}  # of the live sequences, by id
         self._in_flight: collections.deque[_Step] = collections.deque()
         self._num_sequences = 0
         self._ended_s = -math.inf
@@ -125,6 +126,7 @@ class Engine:
         streams: bool = False,
         priority: int = 0,
         slo_ms: float | None = None,
+        arrival_s: float | None = None,
     ) -> Request:
         """Accepts a request; `step` will report it.
 
@@ -136,6 +138,7 @@ class Engine:
           streams: report every token, not only the end.
           priority: less goes first.
           slo_ms: longest time between two of its tokens, in milliseconds; None: the engine's.
+          arrival_s: when it really came, on the engine's clock, if it had to wait for a step to end; None: now.
 
         Returns:
           The request as it is served.
@@ -145,16 +148,19 @@ class Engine:
         """
         if request_id in self._records:
             raise RequestError(f"request_id={request_id!r} is in use: choose another")
-        request = self._intake.accept(request_id, prompt_token_ids, params, prompt, streams, priority, slo_ms)
+        request = self._intake.accept(
+            request_id, prompt_token_ids, params, prompt, streams, priority, slo_ms, arrival_s
+        )
         matchers = self._new_matchers(params)
         sequences = [Sequence(self._num_sequences + i, request, i) for i in range(params.n)]
         self._num_sequences += params.n
-        self._records[request_id] = RequestRecord(request, self._tokenizer)
+        self._records[request_id] = record = RequestRecord(request, self._tokenizer)
         for seq, matcher in zip(sequences, matchers, strict=True):
             if matcher is not None:
                 self._matchers[seq.seq_id] = matcher
                 seq.allowed = matcher.allowed
             self._sequences[seq.seq_id] = seq
+            self._owners[seq.seq_id] = record
             self._scheduler.add(seq)
         return request
 
@@ -214,37 +220,45 @@ class Engine:
     def _launch(self, plan: StepPlan | None, scheduled_s: float) -> _Step:
         if plan is not None:
             for chunk in plan.chunks:
-                record = self._record_of(self._sequences[chunk.seq_id])
+                record = self._owners[chunk.seq_id]
                 if record.first_scheduled_s is None:
                     record.first_scheduled_s = scheduled_s
                     record.num_cached_tokens = chunk.start
             for seq_id in plan.preempted:
-                self._record_of(self._sequences[seq_id]).num_preemptions += 1
+                self._owners[seq_id].num_preemptions += 1
         handle = self._executor.launch(plan)
         return _Step(plan, handle, scheduled_s, self._clock.now_s())
 
     def _commit(self, step: _Step, result: StepResult) -> list[RequestOutput]:
         """Hands a step's tokens to their sequences; those that ended meanwhile are passed over."""
         assert step.plan is not None
-        came, touched, first = _Came(self._clock.now_s()), {}, 0
+        if result.prompt_logprobs is not None:
+            self._keep_prompt_logprobs(step.plan, result)
+        came, told = _Came(self._clock.now_s()), dict[str, RequestRecord]()
         tokens = result.tokens.tolist()
         for row, chunk in enumerate(step.plan.chunks):
-            seq = self._sequences.get(chunk.seq_id)
-            came.request_ids.append("" if seq is None else seq.request.request_id)
-            if seq is not None:
-                record = self._record_of(seq)
-                record.add_prompt_logprobs(chunk.start, chunk.length, result, first)
-                if chunk.samples:
-                    touched[seq.request.request_id] = record
+            record = self._owners.get(chunk.seq_id)
+            came.request_ids.append("" if record is None else record.request.request_id)
+            if record is not None and chunk.samples:
+                seq = self._sequences[chunk.seq_id]
+                if result.logprobs is not None:
                     record.add_logprobs(seq.index, tokens[row], result, row)
-                    came.count(record, seq.index)
-                    self._take(seq, record.samples[seq.index], tokens[row], came.now_s)
-            first += chunk.length
+                came.count(record, seq.index)
+                has_ended = self._take(seq, record.samples[seq.index], tokens[row], came.now_s)
+                if has_ended or record.request.streams:
+                    told[record.request.request_id] = record
         self._tell(step, came)
-        return [self._report(record) for record in touched.values() if record.finished or record.request.streams]
+        return [self._report(record) for record in told.values() if record.finished or record.request.streams]
 
-    def _take(self, seq: Sequence, sample: SampleRecord, token: int, now_s: float) -> None:
-        """Adds a token to a sequence, which may end with it."""
+    def _keep_prompt_logprobs(self, plan: StepPlan, result: StepResult) -> None:
+        first = 0
+        for chunk in plan.chunks:
+            if chunk.seq_id in self._owners:
+                self._owners[chunk.seq_id].add_prompt_logprobs(chunk.start, chunk.length, result, first)
+            first += chunk.length
+
+    def _take(self, seq: Sequence, sample: SampleRecord, token: int, now_s: float) -> bool:
+        """Adds a token to a sequence; returns whether it ends with it."""
         seq.commit(token)
         matcher = self._matchers.get(seq.seq_id)
         is_complete = matcher is not None and matcher.advance(token)
@@ -253,6 +267,7 @@ class Engine:
             reason = sample.end("abort", f"structured_outputs: {matcher.error}")
         if reason is not None:
             self._end(seq, reason)
+        return reason is not None
 
     def _tell(self, step: _Step, came: _Came) -> None:
         """Tells the observers of a step."""
@@ -269,7 +284,7 @@ class Engine:
     def _end(self, seq: Sequence, reason: Any) -> None:
         self._scheduler.remove(seq)
         seq.finish(reason)
-        del self._sequences[seq.seq_id]
+        del self._sequences[seq.seq_id], self._owners[seq.seq_id]
         self._matchers.pop(seq.seq_id, None)
 
     def _new_matchers(self, params: SamplingParams) -> list[Matcher | None]:
@@ -296,7 +311,3 @@ class Engine:
             for observer in self._observers:
                 observer.on_end(output)
         return output
-
-    def _record_of(self, seq: Sequence) -> RequestRecord:
-        assert seq.status is not Status.FINISHED
-        return self._records[seq.request.request_id]

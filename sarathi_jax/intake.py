@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -50,6 +51,7 @@ class Intake:
         streams: bool,
         priority: int,
         slo_ms: float | None,
+        arrival_s: float | None = None,
     ) -> Request:
         """Arguments and errors as of `Engine.add_request`."""
         if not isinstance(params, SamplingParams):
@@ -72,7 +74,7 @@ class Intake:
             seed=int(self._seeds.integers(MAX_SEED + 1)) if params.seed is None else params.seed,
             stop_token_ids=frozenset(params.stop_token_ids)
             | (frozenset() if params.ignore_eos else frozenset(self._model.eos_token_ids)),
-            arrival_s=self._clock.now_s(),
+            arrival_s=self._clock.now_s() if arrival_s is None else arrival_s,
             prompt=prompt,
             streams=streams,
             priority=priority,
@@ -83,12 +85,9 @@ class Intake:
         """Refuses a request that can never be served."""
         if not token_ids:
             raise RequestError("the prompt is empty: give at least one token")
-        for token in token_ids:
-            is_integer = isinstance(token, int | np.integer) and not isinstance(token, bool)
-            if not is_integer or not 0 <= token < self._model.vocab_size:
-                raise RequestError(
-                    f"token id {token!r} is not an integer in [0, {self._model.vocab_size}), the model's vocabulary"
-                )
+        # Almost always true, and a hundred times as quick to see as a look at each.
+        if set(map(type, token_ids)) != {int} or min(token_ids) < 0 or max(token_ids) >= self._model.vocab_size:
+            self._check_each(token_ids)
         check_vocabulary(params, self._model.vocab_size)
         if params.stop and not self._has_text:
             raise RequestError("stop strings need a tokenizer, which this model has not got: use stop_token_ids")
@@ -107,6 +106,14 @@ class Intake:
         room = longest - len(token_ids)
         if params.min_tokens > room:
             raise RequestError(f"min_tokens={params.min_tokens}, but only {room} tokens fit behind this prompt")
+
+    def _check_each(self, token_ids: tuple[Any, ...]) -> None:
+        for token in token_ids:
+            is_integer = isinstance(token, int | np.integer) and not isinstance(token, bool)
+            if not is_integer or not 0 <= token < self._model.vocab_size:
+                raise RequestError(
+                    f"token id {token!r} is not an integer in [0, {self._model.vocab_size}), the model's vocabulary"
+                )
 
     def _pace_s(self, params: SamplingParams, slo_ms: float | None) -> float | None:
         """The longest that pp steps in a row may take so that two tokens of the request come in the promised time.

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from sarathi_jax.config import CacheConfig, ConfigError, EngineConfig, ModelConfig
 from sarathi_jax.engine import Engine
 from sarathi_jax.executor import DeviceExecutor
-from sarathi_jax.kv.blocks import BlockPool
 from sarathi_jax.latency import StepTimes
 from sarathi_jax.parallel import TensorSplit, make_meshes, put_parts, split_layers
 from sarathi_jax.parallel.hosts import Hosts
@@ -21,10 +20,7 @@ from sarathi_jax.program_store import ProgramStore
 from sarathi_jax.request import Request, RequestOutput, SamplingParams, StructuredOutputsParams
 from sarathi_jax.runner import Runner
 from sarathi_jax.sampling import SamplingTable
-from sarathi_jax.scheduling.base import Scheduler, Sizes
-from sarathi_jax.scheduling.plan import KeepPace
-from sarathi_jax.scheduling.sarathi import SarathiScheduler
-from sarathi_jax.scheduling.vllm import VllmScheduler
+from sarathi_jax.scheduling.make import make_scheduler
 from sarathi_jax.sizing import plan_cache
 from sarathi_jax.telemetry.drift import DriftObserver
 from sarathi_jax.timing import latency_table
@@ -139,7 +135,7 @@ def build_engine(
     Args:
       times: of the steps, to keep the times that requests are promised; None: none can be.
     """
-    scheduler = _scheduler(model, engine, cache, times)
+    scheduler = make_scheduler(model, engine, cache, times)
     sequences = {}
     sampling = SamplingTable(engine.max_running, model.vocab_size)
     executor = DeviceExecutor(runner, sampling, sequences, scheduler.table, hosts)
@@ -149,23 +145,6 @@ def build_engine(
     if times is not None:
         built.observe(DriftObserver(times))
     return built
-
-
-def _scheduler(model: ModelConfig, engine: EngineConfig, cache: CacheConfig, times: StepTimes | None) -> Scheduler:
-    sizes: Sizes = {
-        "block_size": cache.block_size,
-        "buckets": engine.buckets,
-        "max_num_seqs": engine.max_num_seqs,
-        "window": model.cache_window,
-        "max_model_len": cache.max_model_len,
-        "num_stages": engine.pp,
-        "prefix_caching": engine.prefix_caching,
-    }
-    pool = BlockPool(cache.num_blocks)
-    if engine.policy == "vllm":
-        return VllmScheduler(pool, **sizes)
-    chooser = None if times is None else KeepPace(times, engine.buckets, engine.pp)
-    return SarathiScheduler(pool, chooser=chooser, **sizes)
 
 
 def _load(
@@ -193,6 +172,10 @@ class Replicas:
     def __init__(self, engines: Sequence[Engine]):
         self._engines = list(engines)
         self._owners: dict[str, Engine] = {}
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        return tuple(self._engines)
 
     @property
     def has_work(self) -> bool:

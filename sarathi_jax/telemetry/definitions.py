@@ -43,15 +43,24 @@ def quantile(values: Sequence[float], share: float, longer_than: Sequence[float]
     """
     if not 0 < share <= 1:
         raise ValueError(f"a quantile is of a share above 0 and up to 1, not {share}")
-    seconds = np.array([*values, *longer_than])
-    if not len(seconds):
+    if not len(values) + len(longer_than):
         return math.nan
+    seconds, remain = survival(values, longer_than)
+    reached = np.flatnonzero(remain <= 1 - share + 1e-9)
+    return float(seconds[reached[0]]) if len(reached) else math.inf
+
+
+def survival(values: Sequence[float], longer_than: Sequence[float] = ()) -> tuple[np.ndarray, np.ndarray]:
+    """How many took longer: arguments and estimate as of `quantile`.
+
+    Returns:
+      f64[n] of all of them, ascending, and f64[n], the share that took longer than each.
+    """
+    seconds = np.array([*values, *longer_than])
     is_bound = np.arange(len(seconds)) >= len(values)
     order = np.lexsort((is_bound, seconds))  # of equals the values first: a bound says longer
     waiting = np.arange(len(seconds), 0, -1)
-    remain = np.cumprod(np.where(is_bound[order], 1.0, 1.0 - 1.0 / waiting))
-    reached = np.flatnonzero(remain <= 1 - share + 1e-9)
-    return float(seconds[order][reached[0]]) if len(reached) else math.inf
+    return seconds[order], np.cumprod(np.where(is_bound[order], 1.0, 1.0 - 1.0 / waiting))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,11 +15,15 @@ class TimedRequest:
     Attributes:
       arrival_s: seconds from the start.
       prompt, output: tokens, both at least 1.
+      group: whose prompts begin alike; None: this one begins like no other.
+      shared: tokens of the prompt's beginning that the whole group has.
     """
 
     arrival_s: float
     prompt: int
     output: int
+    group: int | None = None
+    shared: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
