@@ -2,173 +2,24 @@
 
 Choices are devices, tp, pp and token budgets; of each, as many replicas as the rate needs. Most are rejected without a
 simulation: what does not fit, what is too slow with nobody else there, what costs too much even if every step did
-nothing but products. The others are searched for their capacity, cheapest first: coarsely, then those closely that could
-be the cheapest.
+nothing but products. The others are searched for their capacity, cheapest first: coarsely, then closely those that
+could be the cheapest.
 """
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 
 from sarathi_jax.config import ConfigError
 from sarathi_jax.latency import DEVICES, Roofline, Work
-from sarathi_jax.partition import TensorSplit
 from sarathi_jax.simulate.capacity import Capacity
+from sarathi_jax.simulate.choices import Choice, Demand, Options, Plan
 from sarathi_jax.simulate.deployment import Deployment
 from sarathi_jax.simulate.memory import cache_of
-from sarathi_jax.workloads import TimedRequest
-
-PRICES: Mapping[str, float] = {
-    "a100-80gb": 1.80,
-    "a40": 0.45,
-    "h100": 3.00,
-    "h200": 3.80,
-    "tpu-v5e": 1.20,
-    "cpu": 0.10,
-}
-"""Dollars an hour of one device: round examples, to be replaced by what yours cost."""
 
 Search = Callable[[Deployment, float, bool], Capacity]
 """The capacity of a deployment of one replica, near a rate; coarsely, or (True) closely."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Demand:
-    """What is asked for.
-
-    Attributes:
-      rate: requests a second in all.
-      tbt_slo_s: P99 of the times between tokens.
-      mean_tokens: of a request, prompt and output.
-      longest_tokens: of a request, prompt and output.
-    """
-
-    rate: float
-    tbt_slo_s: float
-    mean_tokens: float
-    longest_tokens: int
-
-    def __post_init__(self) -> None:
-        for name in ("rate", "tbt_slo_s", "mean_tokens", "longest_tokens"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must be a number above 0, not {getattr(self, name)}")
-
-    @classmethod
-    def of(cls, requests: Sequence[TimedRequest], rate: float, tbt_slo_s: float) -> "Demand":
-        """The demand of a sample of requests."""
-        tokens = [request.prompt + request.output for request in requests]
-        return cls(rate, tbt_slo_s, sum(tokens) / max(1, len(tokens)), max(tokens, default=0))
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What may be chosen.
-
-    Attributes:
-      devices: names of `DEVICES`.
-      prices: dollars an hour of one device, by name.
-      tps, pps: devices of a stage, stages.
-      budgets: tokens of a step; None: the server's own choice for each step, by the SLO.
-      max_devices: of one replica.
-      max_replicas: of a choice.
-      dearest: times the cost of the cheapest choice found so far, beyond which nothing is simulated.
-    """
-
-    devices: tuple[str, ...]
-    prices: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict(PRICES))
-    tps: tuple[int, ...] = (1, 2, 4, 8)
-    pps: tuple[int, ...] = (1, 2)
-    budgets: tuple[int | None, ...] = (512, 2048, None)
-    max_devices: int = 16
-    max_replicas: int = 64
-    dearest: float = 2.0
-
-    def __post_init__(self) -> None:
-        for name in ("devices", "tps", "pps", "budgets"):
-            if not getattr(self, name):
-                raise ConfigError(f"{name} is empty: name at least one")
-        for name in ("tps", "pps", "budgets"):
-            if not all(value is None or value >= 1 for value in getattr(self, name)):
-                raise ConfigError(f"{name}={getattr(self, name)} must be positive")
-        for device in self.devices:
-            if device not in DEVICES:
-                raise ConfigError(f"unknown device {device!r}; there are {', '.join(DEVICES)}")
-            if not 0 < self.prices.get(device, 0.0) < math.inf:
-                raise ConfigError(f"what does {device} cost an hour? its price must be a number above 0")
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """One way to serve.
-
-    Attributes:
-      device, tp, pp: of a replica.
-      budget: tokens of a step; None: chosen for each step by the SLO.
-      replica_cost: dollars an hour of one replica.
-      at_most: requests a second that no replica can exceed: every token's products at the best bucket.
-      capacity: requests a second of a replica; 0: none, or not searched.
-      below: at which it was found broken; the capacity lies between.
-      replicas: that the rate needs; 0: not known.
-      p99_tbt_s: measured at the load of one replica or the next higher that was simulated; NaN: not known.
-      is_close: the capacity was searched closely.
-      reason: why it was rejected; "" where it was not.
-    """
-
-    device: str
-    tp: int
-    pp: int
-    budget: int | None
-    replica_cost: float
-    at_most: float = 0.0
-    capacity: float = 0.0
-    below: float = 0.0
-    replicas: int = 0
-    p99_tbt_s: float = math.nan
-    is_close: bool = False
-    reason: str = ""
-
-    @property
-    def name(self) -> str:
-        """In short."""
-        budget = "budget by SLO" if self.budget is None else f"budget {self.budget}"
-        return f"{self.device} tp={self.tp} pp={self.pp} {budget}"
-
-    @property
-    def cost(self) -> float:
-        """Dollars an hour of all replicas; infinite where it is not known how many."""
-        return self.replicas * self.replica_cost if self.replicas else math.inf
-
-    @property
-    def is_possible(self) -> bool:
-        return not self.reason
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The answer.
-
-    Attributes:
-      demand: what was asked for.
-      choices: the possible ones by cost, then the rejected ones.
-    """
-
-    demand: Demand
-    choices: tuple[Choice, ...]
-
-    @property
-    def best(self) -> Choice | None:
-        """The cheapest; None: nothing serves this."""
-        return next((choice for choice in self.choices if choice.is_possible), None)
-
-    @property
-    def front(self) -> tuple[Choice, ...]:
-        """Possible choices that no other beats in cost and P99 TBT, by rising cost."""
-        front: list[Choice] = []
-        for choice in self.choices:
-            if choice.is_possible and not (front and choice.p99_tbt_s >= front[-1].p99_tbt_s):
-                front.append(choice)
-        return tuple(front)
 
 
 def plan(
@@ -181,7 +32,7 @@ def plan(
     """Finds the cheapest choice.
 
     Args:
-      base: model, engine and host term that all choices share; its device, tp, pp, dp, budget and promise do not matter.
+      base: model, engine and host term that all choices share; its device, tp, pp, dp, budget and promise are not.
       demand: what is asked for.
       options: what may be chosen.
       search: finds capacities.
@@ -248,7 +99,7 @@ def _enumerate(base: Deployment, demand: Demand, options: Options) -> Iterable[t
             continue
         choice = dataclasses.replace(choice, at_most=at_most, reason=reason)
         if not reason and math.ceil(demand.rate / at_most) > options.max_replicas:
-            choice = dataclasses.replace(choice, reason=_too_many(at_most, "at most", demand, options))
+            choice = dataclasses.replace(choice, reason=_too_many(at_most, "at most ", demand, options))
         yield choice, None if choice.reason else deployment
 
 
@@ -267,7 +118,6 @@ def _deployment(base: Deployment, choice: Choice, demand: Demand, options: Optio
         token_budget=largest if choice.budget is None else choice.budget,
         tbt_slo_ms=1e3 * demand.tbt_slo_s if choice.budget is None else None,
     )
-    TensorSplit(base.model, choice.tp)
     return dataclasses.replace(base, device=DEVICES[choice.device], engine=engine, table=None)
 
 
@@ -330,6 +180,6 @@ def _too_dear(choice: Choice, demand: Demand, least: float, cheapest: float) -> 
 
 def _too_many(rate: float, words: str, demand: Demand, options: Options) -> str:
     return (
-        f"needs {math.ceil(demand.rate / rate)} replicas of {' '.join([words, f'{rate:.3g}']).strip()} requests/s each, "
-        f"more than {options.max_replicas}"
+        f"needs {math.ceil(demand.rate / rate)} replicas of {words}{rate:.3g} requests/s each, more than the "
+        f"{options.max_replicas} that may be"
     )
