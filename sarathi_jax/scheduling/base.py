@@ -183,6 +183,19 @@ class Scheduler(abc.ABC):
             )
         bisect.insort(self._waiting, seq, key=RANK)
 
+    def receive(self, token_ids: Seq[int]) -> None:
+        """Takes the keys and values of a prompt that another replica computed, so that requests with it find them.
+
+        They stay as long as nobody needs the room, as those of finished requests do; if there is none, or without
+        `prefix_caching`, nothing happens, and the prompt is computed again.
+        """
+        table, num_blocks = BlockTable(self._pool, self._block_size), len(token_ids) // self._block_size
+        if self._prefix_caching and table.ensure(num_blocks * self._block_size):
+            keys: list[bytes] = []
+            extend_keys(keys, token_ids, self._block_size, num_blocks)
+            table.register(keys, num_blocks)
+        table.release()
+
     def remove(self, seq: Sequence) -> None:
         """Forgets a sequence that finished or was aborted, at any moment, and frees its blocks and row.
 

@@ -65,6 +65,12 @@ class SimulatedReplica:
     def add(self, request_id: str, prompt_token_ids: tuple[int, ...], num_output: int, arrival_s: float) -> None:
         """Gives it a request that draws exactly so many tokens.
 
+        Args:
+          request_id: unique.
+          prompt_token_ids: at least one.
+          num_output: at least 1.
+          arrival_s: when it came; it may have waited for the end of a step since.
+
         Raises:
           RequestError: it can never be served.
         """

@@ -1,37 +1,16 @@
-"""`simulate`: what a deployment would do with a workload."""
+"""`simulate`: what a deployment would do with a workload, its prompts and answers together or on devices apart."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
-from typing import Literal
 
-from sarathi_jax.config import ConfigError
+from sarathi_jax.config import ConfigError, ModelConfig
+from sarathi_jax.latency import Link
+from sarathi_jax.simulate.cluster import Cluster, Job, Routing, Snapshot
 from sarathi_jax.simulate.deployment import Deployment
-from sarathi_jax.simulate.replica import SimulatedReplica
-from sarathi_jax.telemetry.definitions import SampleTimes, samples_of
 from sarathi_jax.telemetry.run import Run
-from sarathi_jax.telemetry.summary import preemption_times
 from sarathi_jax.workloads import TimedRequest
 
-Routing = Literal["round_robin", "least_work", "prefix_affinity"]
-ROUTINGS: tuple[Routing, ...] = ("round_robin", "least_work", "prefix_affinity")
-_OVERLOADED = 2.0  # times the mean work: then a request leaves the replica that knows its prefix
-_LOOK_EVERY_S = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Snapshot:
-    """A simulation under way.
-
-    Attributes:
-      now_s: simulated seconds since the start.
-      num_waiting: sequences that have not been admitted, or were preempted, of all replicas.
-      oldest_waiting_s: how long the first of those has waited since it came; 0 if none waits.
-    """
-
-    now_s: float
-    num_waiting: int
-    oldest_waiting_s: float
+_VALUE_BYTES = 2  # of a key or a value in the cache
 
 
 def simulate(
@@ -62,94 +41,109 @@ def simulate(
       ConfigError: the model does not fit, or there is no such routing; the message says what to do.
       RequestError: a request can never be served.
     """
-    if routing not in ROUTINGS:
-        raise ConfigError(f"routing={routing!r} is not one of {', '.join(ROUTINGS)}")
     engine = deployment.engine
     if engine.prefix_caching and not any(request.shared for request in requests):
         engine = dataclasses.replace(engine, prefix_caching=False)  # without equal prompts it only costs time
-    alone = dataclasses.replace(deployment, engine=dataclasses.replace(engine, dp=1))
-    replicas = [SimulatedReplica(alone, seed + i, keep_steps) for i in range(engine.dp)]
-    end_s = math.inf if limit_s is None else limit_s
-    owners, arrived = dict[str, SimulatedReplica](), list[str]()
-    router, look_s = _Router(routing, replicas), _LOOK_EVERY_S
-    for number, request in enumerate(requests):
-        if request.arrival_s >= end_s:
-            break
-        while stop is not None and look_s < request.arrival_s and look_s < end_s:
-            _run_until(replicas, look_s)
-            end_s = look_s if stop(_snapshot(replicas, look_s)) else end_s
-            look_s += _LOOK_EVERY_S
-        if request.arrival_s >= end_s:
-            break
-        _run_until(replicas, request.arrival_s)
-        request_id, replica = str(number), router.choose(request)
-        tokens = prompt_tokens(number, request, deployment.model.vocab_size)
-        replica.add(request_id, tokens, request.output, request.arrival_s)
-        owners[request_id] = replica
-        arrived.append(request_id)
-    while stop is not None and look_s < end_s and any(replica.engine.has_work for replica in replicas):
-        _run_until(replicas, look_s)
-        end_s = look_s if stop(_snapshot(replicas, look_s)) else end_s
-        look_s += _LOOK_EVERY_S
-    _run_until(replicas, end_s)
-    return _gather(replicas, owners, arrived, end_s)
+    cluster = Cluster(dataclasses.replace(deployment, engine=engine), routing, seed, keep_steps)
+    return cluster.serve(_jobs(requests, deployment.model.vocab_size), limit_s, stop)
 
 
-def prompt_tokens(number: int, request: TimedRequest, vocab_size: int) -> tuple[int, ...]:
+@dataclasses.dataclass(frozen=True)
+class Disaggregated:
+    """Prompts on some devices, answers on others, and the cache moved between them (SplitWise, DistServe).
+
+    Attributes:
+      prefill: computes prompts and draws the first token; its dp says how many replicas.
+      decode: draws the others.
+      link: from each prefill replica to the decode replicas; a prompt's keys and values follow when all are computed.
+    """
+
+    prefill: Deployment
+    decode: Deployment
+    link: Link
+
+
+def simulate_disaggregated(
+    requests: Sequence[TimedRequest],
+    pools: Disaggregated,
+    *,
+    routing: Routing = "least_work",
+    seed: int = 0,
+    keep_steps: bool = True,
+) -> Run:
+    """As `simulate`, with prefill and decode apart.
+
+    What arrives in the decode pool lies in its prefix cache until the request is admitted. If others need the room
+    before, the prompt is computed again there; real systems let it wait on the prefill side instead.
+
+    Args:
+      requests: in the order of their arrival.
+      pools: who does what.
+      routing: of both pools, see `simulate`.
+      seed: of the engines.
+      keep_steps: records every step.
+
+    Returns:
+      The run; its steps are those of the prefill replicas, then those of the decode replicas.
+
+    Raises:
+      ConfigError: the pools serve different models, one does not fit, or there is no such routing.
+      RequestError: a request can never be served.
+    """
+    if pools.prefill.model != pools.decode.model:
+        raise ConfigError("the prefill and the decode pool serve different models: give both the same")
+    model = pools.prefill.model
+    jobs = _jobs(requests, model.vocab_size)
+    prefill = Cluster(pools.prefill, routing, seed, keep_steps)
+    begun = prefill.serve([dataclasses.replace(job, num_output=1) for job in jobs])
+    decode_engine = dataclasses.replace(pools.decode.engine, prefix_caching=True)
+    decode = Cluster(dataclasses.replace(pools.decode, engine=decode_engine), routing, seed, keep_steps)
+    first_s = {sample.request_id: sample.token_s[0] for sample in begun.samples}
+    ended = decode.serve(_moved(jobs, first_s, prefill.owners, model, pools.link))
+    later = {sample.request_id: sample for sample in ended.samples}
+    samples = tuple(
+        dataclasses.replace(
+            sample,
+            token_s=sample.token_s + later[sample.request_id].token_s,
+            finished_s=later[sample.request_id].finished_s,
+            num_preemptions=sample.num_preemptions + later[sample.request_id].num_preemptions,
+            preempted_s=sample.preempted_s + later[sample.request_id].preempted_s,
+        )
+        if sample.request_id in later
+        else sample
+        for sample in begun.samples
+    )
+    return Run(samples, max(begun.end_s, ended.end_s), begun.steps + ended.steps)
+
+
+def _jobs(requests: Sequence[TimedRequest], vocab_size: int) -> list[Job]:
+    return [
+        Job(str(number), request.arrival_s, _tokens(number, request, vocab_size), request.output, request.group)
+        for number, request in enumerate(requests)
+    ]
+
+
+def _moved(
+    jobs: Sequence[Job], first_s: dict[str, float], owners: dict[str, int], model: ModelConfig, link: Link
+) -> list[Job]:
+    """The jobs that go on in the decode pool, when their keys and values have come there."""
+    key_bytes = 2 * _VALUE_BYTES * model.num_layers * model.num_kv_heads * model.head_dim
+    free_s, moved = dict[int, float](), list[Job]()
+    for job in sorted(jobs, key=lambda job: first_s[job.job_id]):
+        if job.num_output == 1:
+            continue
+        num_keys = min(len(job.tokens), model.cache_window or len(job.tokens))
+        owner = owners[job.job_id]
+        begin_s = max(first_s[job.job_id], free_s.get(owner, 0.0))
+        free_s[owner] = begin_s + link.send_s(num_keys * key_bytes)
+        # Its first token is known here and computed there.
+        tokens = (*job.tokens, 0)
+        moved.append(Job(job.job_id, free_s[owner], tokens, job.num_output - 1, job.group, len(job.tokens)))
+    return sorted(moved, key=lambda job: job.arrival_s)
+
+
+def _tokens(number: int, request: TimedRequest, vocab_size: int) -> tuple[int, ...]:
     """Made-up tokens that begin like those of other requests only as far as the group shares them."""
-    shared = min(request.shared, request.prompt) if request.group is not None else 0
+    shared = 0 if request.group is None else min(request.shared, request.prompt)
     own = (number // vocab_size % vocab_size, number % vocab_size, *(0,) * request.prompt)
     return (*((request.group or 0) % vocab_size,) * shared, *own[: request.prompt - shared])
-
-
-class _Router:
-    """Chooses replicas; see `simulate`."""
-
-    def __init__(self, routing: Routing, replicas: Sequence[SimulatedReplica]):
-        self._routing = routing
-        self._replicas = replicas
-        self._number = -1
-        self._homes: dict[int, SimulatedReplica] = {}
-
-    def choose(self, request: TimedRequest) -> SimulatedReplica:
-        """The replica for a request that comes now."""
-        if self._routing == "round_robin":
-            self._number = (self._number + 1) % len(self._replicas)
-            return self._replicas[self._number]
-        least = min(self._replicas, key=lambda replica: replica.num_prompt_tokens)
-        if self._routing == "least_work" or request.group is None:
-            return least
-        home = self._homes.setdefault(request.group, least)
-        mean = sum(replica.num_prompt_tokens for replica in self._replicas) / len(self._replicas)
-        if home.num_prompt_tokens > _OVERLOADED * mean:
-            home = self._homes[request.group] = least
-        return home
-
-
-def _run_until(replicas: Sequence[SimulatedReplica], until_s: float) -> None:
-    for replica in replicas:
-        replica.run_until(until_s)
-
-
-def _snapshot(replicas: Sequence[SimulatedReplica], now_s: float) -> Snapshot:
-    waiting = [seq for replica in replicas for seq in replica.scheduler.waiting]
-    oldest_s = min((seq.request.arrival_s for seq in waiting), default=now_s)
-    return Snapshot(now_s, len(waiting), max(0.0, now_s - oldest_s))
-
-
-def _gather(
-    replicas: Sequence[SimulatedReplica],
-    owners: dict[str, SimulatedReplica],
-    arrived: Sequence[str],
-    end_s: float,
-) -> Run:
-    for replica in replicas:
-        replica.give_up([request_id for request_id, owner in owners.items() if owner is replica])
-    if math.isinf(end_s):
-        end_s = max((output.metrics.finished_s or 0.0 for r in replicas for output in r.outputs), default=0.0)
-    samples = dict[str, SampleTimes]()
-    for replica in replicas:
-        lost_s = preemption_times(replica.steps, end_s)
-        for output in replica.outputs:
-            samples[output.request_id] = samples_of(output, lost_s.get(output.request_id, 0.0))[0]
-    return Run(tuple(samples[request_id] for request_id in arrived), end_s, tuple(tuple(r.steps) for r in replicas))
