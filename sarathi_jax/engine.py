@@ -205,6 +205,10 @@ class Engine:
         """Tells an observer of every step and every request's end from now on."""
         self._observers.append(observer)
 
+    def forget(self, observer: Observer) -> None:
+        """Tells an observer nothing any more."""
+        self._observers.remove(observer)
+
     def step(self) -> list[RequestOutput]:
         """Starts one step, if there is anything to do, and reports an earlier one: with overlap the one before it, in
         a pipeline the one that has come through.

@@ -53,7 +53,12 @@ class Answer:
 
 
 async def stream(
-    session: aiohttp.ClientSession, url: str, body: Mapping[str, Any] | bytes, *, leave_after: int | None = None
+    session: aiohttp.ClientSession,
+    url: str,
+    body: Mapping[str, Any] | bytes,
+    *,
+    leave_after: int | None = None,
+    answer: Answer | None = None,
 ) -> Answer:
     """Streams one completion.
 
@@ -62,8 +67,10 @@ async def stream(
       url: of the server, without a path.
       body: of ``/v1/completions``, to which streaming is added; bytes are sent as they are.
       leave_after: pieces after which the connection is closed; None: stay to the end.
+      answer: filled as it comes, for callers who may cut this off; None: a new one.
     """
-    answer = Answer(start_s=time.monotonic())
+    answer = answer or Answer()
+    answer.start_s = time.monotonic()
     data = body if isinstance(body, bytes) else json.dumps({**body, "stream": True}).encode()
     headers = {"Content-Type": "application/json"}
     try:
@@ -93,8 +100,10 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, A
 
 def _read(answer: Answer, event: Mapping[str, Any]) -> None:
     for choice in event["choices"]:
-        if choice["text"] or choice.get("logprobs") or choice.get("token_ids"):
-            answer.token_s.append(time.monotonic())
+        token_ids = choice.get("token_ids")
+        if choice["text"] or choice.get("logprobs") or token_ids:
+            # Tokens that wait for a slow reader come together.
+            answer.token_s += [time.monotonic()] * (len(token_ids) if token_ids else 1)
         answer.text += choice["text"]
         if choice.get("logprobs"):
             answer.logprobs += choice["logprobs"]["top_logprobs"]

@@ -8,12 +8,13 @@ from types import ModuleType
 
 from absl import flags
 
-from sarathi_jax.cli import convert, generate, models, serve, train
+from sarathi_jax.cli import bench, convert, generate, models, serve, train
 from sarathi_jax.cli.fields import UsageError, describe, parse
 
 VERBS: dict[str, ModuleType] = {
     "generate": generate,
     "serve": serve,
+    "bench": bench,
     "models": models,
     "convert": convert,
     "train": train,

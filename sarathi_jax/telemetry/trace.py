@@ -11,6 +11,7 @@ from typing import Any
 
 from sarathi_jax.latency import StepTimes
 from sarathi_jax.request import RequestOutput
+from sarathi_jax.telemetry.run import Run
 from sarathi_jax.telemetry.steps import StepRecord
 
 _DEVICE, _HOST, _REQUESTS = 1, 2, 3
@@ -50,6 +51,12 @@ class TraceWriter:
         """Adds a bar."""
         times = {"ts": round(start_s * 1e6, 1), "dur": round(max(end_s - start_s, 0) * 1e6, 1)}
         self._add({"name": name, "ph": "X", **times, "pid": group, "tid": track, "args": args})
+
+    def wait(self, request_id: str, arrival_s: float, started_s: float | None) -> None:
+        """Adds a request's wait for its first step; None: it had not waited to an end."""
+        track = self.track_of(request_id)
+        if started_s is not None:
+            self.slice(_REQUESTS, track, "wait", arrival_s, started_s)
 
     def track_of(self, request_id: str) -> int:
         """The track of a request, named after it."""
@@ -102,10 +109,30 @@ class ReplicaTrace:
             self._trace.slice(_REQUESTS, self._trace.track_of(request_id), name, *span, tokens=tokens)
 
     def on_end(self, output: RequestOutput) -> None:
-        metrics, track = output.metrics, self._trace.track_of(output.request_id)
-        started_s = metrics.first_scheduled_s or metrics.finished_s
-        if started_s is not None:
-            self._trace.slice(_REQUESTS, track, "wait", metrics.arrival_s, started_s)
+        metrics = output.metrics
+        self._trace.wait(output.request_id, metrics.arrival_s, metrics.first_scheduled_s or metrics.finished_s)
+
+
+def write_trace(path: Path, run: Run) -> None:
+    """Writes the trace of a run that is over.
+
+    Args:
+      path: of the file, written anew.
+      run: whose steps are known.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    trace = TraceWriter(path)
+    try:
+        for sample in run.samples:
+            trace.wait(sample.request_id, sample.arrival_s, sample.first_scheduled_s)
+        for replica, steps in enumerate(run.steps):
+            observer = trace.observer(replica)
+            for step in steps:
+                observer.on_step(step)
+    finally:
+        trace.close()
 
 
 def _chunks(record: StepRecord) -> Iterator[tuple[str, str, int]]:
