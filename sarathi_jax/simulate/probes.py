@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Callable
 
 from sarathi_jax.simulate.capacity import Probe
+from sarathi_jax.simulate.cluster import Routing, Snapshot
 from sarathi_jax.simulate.deployment import Deployment
-from sarathi_jax.simulate.simulator import Routing, Snapshot, simulate
+from sarathi_jax.simulate.simulator import simulate
 from sarathi_jax.telemetry.definitions import MEDIAN_DELAY_SLO_S
 from sarathi_jax.telemetry.run import Run
 from sarathi_jax.workloads import Workload
