@@ -100,7 +100,7 @@ class Capacity:
         slo = f"P99 TBT of {self.tbt_slo_s * 1e3:.4g} ms and median delay of {MEDIAN_DELAY_SLO_S:g} s"
         if not self.rate:
             idle = self.levels[0]
-            least_s = min(trial.least_tbt_s for level in self.levels for trial in level.trials)
+            least_s = min((trial.least_tbt_s for level in self.levels for trial in level.trials), default=math.nan)
             return (
                 f"no rate meets it ({slo}): at {idle.rate:.3g} requests/s P99 TBT is {idle.p99_tbt_s * 1e3:.4g} ms and "
                 f"the median delay {idle.median_delay_s:.3g} s; the shortest TBT of all is {least_s * 1e3:.4g} ms"

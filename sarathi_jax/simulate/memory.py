@@ -5,10 +5,11 @@ programs (`sarathi_jax.sizing`), of which there are none here; it is 0.1 to 0.3 
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 
-from sarathi_jax.config import CacheConfig, ConfigError, EngineConfig, ModelConfig
+from sarathi_jax.config import CacheConfig, ConfigError, Dtype, EngineConfig, ModelConfig, Quantization
 from sarathi_jax.kv.sizes import DTYPE_BYTES, block_bytes, wanted_cache
 from sarathi_jax.latency import Device
 from sarathi_jax.partition import Stage, TensorSplit, split_layers
@@ -62,15 +63,7 @@ def weights_bytes(model: ModelConfig, engine: EngineConfig) -> tuple[int, ...]:
     Raises:
       ConfigError: the model cannot be split by this tp or pp; says what would work.
     """
-    layers, embedding, end = [0] * model.num_layers, 0, 0
-    for path, shape in parameter_shapes(TensorSplit(model, engine.tp).local).items():
-        size = _parameter_bytes(path, shape, engine)
-        if path.startswith("layers."):
-            layers[int(path.split(".")[1])] += size
-        elif path.startswith("embed."):
-            embedding += size
-        else:
-            end += size
+    layers, embedding, end = _held_bytes(TensorSplit(model, engine.tp).local, engine.dtype, engine.quantization)
     # As `LanguageModel` places them; a tied head is the embedding.
     return tuple(
         sum(layers[stage.layers.start : stage.layers.stop])
@@ -151,10 +144,22 @@ def _misfit(model: ModelConfig, engine: EngineConfig, device: Device) -> str:
     )
 
 
-def _parameter_bytes(path: str, shape: tuple[int, ...], engine: EngineConfig) -> int:
-    if engine.quantization is not None and path.endswith(_QUANTIZED) and not path.startswith("embed."):
-        return math.prod(shape) + DTYPE_BYTES["float32"] * math.prod(shape[:-1])  # a byte each, a scale a row
-    return math.prod(shape) * DTYPE_BYTES[engine.dtype]
+@functools.cache
+def _held_bytes(local: ModelConfig, dtype: Dtype, quantization: Quantization | None) -> tuple[list[int], int, int]:
+    """Bytes of each layer, of the embedding, of norm and head, on one device."""
+    layers, embedding, end = [0] * local.num_layers, 0, 0
+    for path, shape in parameter_shapes(local).items():
+        if quantization is not None and path.endswith(_QUANTIZED):
+            size = math.prod(shape) + DTYPE_BYTES["float32"] * math.prod(shape[:-1])  # a byte each, a scale a row
+        else:
+            size = math.prod(shape) * DTYPE_BYTES[dtype]
+        if path.startswith("layers."):
+            layers[int(path.split(".")[1])] += size
+        elif path.startswith("embed."):
+            embedding += size
+        else:
+            end += size
+    return layers, embedding, end
 
 
 def _scratch_bytes(model: ModelConfig, engine: EngineConfig, stage: Stage) -> int:

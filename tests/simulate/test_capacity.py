@@ -116,7 +116,9 @@ def test_a_run_that_was_cut_off_with_most_requests_waiting_is_too_slow():
         if rate <= 10:
             return whole
         # Given up after a second: the few that were served were quick.
-        samples = [s if s.first_scheduled_s < 0.2 else SampleTimes(s.request_id, s.arrival_s) for s in whole.samples]
+        samples = [
+            s if (s.first_scheduled_s or 0) < 0.2 else SampleTimes(s.request_id, s.arrival_s) for s in whole.samples
+        ]
         return Run(tuple(s for s in samples if s.arrival_s < 1), 1.0)
 
     capacity = find_capacity(probe, tbt_slo_s=0.1, guess=40)
