@@ -19,7 +19,6 @@ from sarathi_jax.scheduling.plan import Chooser, Chunk, ChunkSchedule, Demand, F
 from sarathi_jax.sequence import Sequence
 from tests.kv.owners import check_owners
 
-
 BY_TURNS: tuple[Policy, ...] = ("vllm", "orca", "faster_transformer")
 RESERVING: tuple[Policy, ...] = ("orca", "faster_transformer")
 
