@@ -319,15 +319,16 @@ class Scheduler(abc.ABC):
         A preempted one may have outgrown the largest bucket since. It starts first and alone, and runs in pieces.
 
         Args:
-          prefills: that run.
-          num_tokens: room in the step.
+          prefills: that run, and go before them.
+          num_tokens: room in the step for all these.
           most: sequences that may start; None: as many as find rows.
         """
+        num_tokens -= sum(seq.num_uncomputed for seq in prefills)
         newcomers = []
         for seq, start in self._affordable(prefills):
             length = seq.num_tokens - start
             is_too_long = length > self._buckets[-1] and not prefills and not newcomers
-            if not num_tokens or len(newcomers) == most or not (length <= num_tokens or is_too_long):
+            if num_tokens <= 0 or len(newcomers) == most or not (length <= num_tokens or is_too_long):
                 break
             num_tokens -= min(length, num_tokens)
             newcomers.append((seq, start))
