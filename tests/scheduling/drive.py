@@ -69,8 +69,9 @@ class Case:
     prefix_caching: bool = False
     chunk_schedule: ChunkSchedule | None = None
 
-    def scheduler(self, pool: BlockPool) -> Scheduler:
-        sizes: Sizes = {
+    @property
+    def sizes(self) -> Sizes:
+        return {
             "block_size": self.block_size,
             "buckets": self.buckets,
             "max_num_seqs": self.max_num_seqs,
@@ -79,7 +80,9 @@ class Case:
             "num_stages": self.num_stages,
             "prefix_caching": self.prefix_caching,
         }
-        return scheduler_of(self.policy, pool, sizes, self.chooser, self.chunk_schedule)
+
+    def scheduler(self, pool: BlockPool) -> Scheduler:
+        return scheduler_of(self.policy, pool, self.sizes, self.chooser, self.chunk_schedule)
 
     @property
     def max_running(self) -> int:
