@@ -8,13 +8,16 @@ from types import ModuleType
 
 from absl import flags
 
-from sarathi_jax.cli import bench, convert, generate, models, serve, train
+from sarathi_jax.cli import bench, capacity, convert, generate, models, plan, serve, simulate, train
 from sarathi_jax.cli.fields import UsageError, describe, parse
 
 VERBS: dict[str, ModuleType] = {
     "generate": generate,
     "serve": serve,
     "bench": bench,
+    "simulate": simulate,
+    "capacity": capacity,
+    "plan": plan,
     "models": models,
     "convert": convert,
     "train": train,
