@@ -1,7 +1,7 @@
 # The project's commands. `make run` and `make test` set everything up by themselves; `make help` lists the rest.
 #   PYTHON=/path/to/python3.13   another Python than the one that scripts/find_python.sh finds (its own environment)
 #   PROMPT="..."                 what `make run` continues
-#   ARGS="..."                   further arguments of pytest, or of `make lock`
+#   ARGS="..."                   further arguments of pytest, of `make paper` or of `make lock`
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -58,6 +58,10 @@ test-jax:  ## the tests on another JAX: make test-jax JAX=0.11.2
 	@[ -n "$(JAX)" ] || { echo "which JAX? for example: make test-jax JAX=0.11.2" >&2; exit 2; }
 	$(MAKE) --no-print-directory $(VENV)-jax-$(JAX)/.ready
 	$(VENV)-jax-$(JAX)/bin/python $(PYTEST) -m "not kernels and not parallel" $(ARGS)
+
+.PHONY: paper
+paper: $(VENV)/.ready-dev  ## repeats the paper's experiments into docs/paper; ARGS=--quick: small ones into build/paper
+	$(VENV)/bin/python -m sarathi_jax.bench.paper $(ARGS)
 
 .PHONY: check
 check: $(VENV)/.ready-dev  ## lint, types, import order, fast tests: before every commit

@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -16,8 +16,10 @@ Dtype = Literal["float32", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 Quantization = Literal["w8", "w8_fp8", "w8a8"]
 QUANTIZATIONS: tuple[Quantization, ...] = ("w8", "w8_fp8", "w8a8")
-Policy = Literal["sarathi", "vllm"]
-POLICIES: tuple[Policy, ...] = ("sarathi", "vllm")
+Policy = Literal["sarathi", "vllm", "orca", "faster_transformer", "chunked_only", "hybrid_only", "fastserve"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+CHUNKING: tuple[Policy, ...] = ("sarathi", "chunked_only")
+"""Those that cut prompts into chunks, so that a step may be as short as one likes."""
 
 
 class ConfigError(ValueError):
@@ -135,8 +137,14 @@ class EngineConfig:
         first one takes the requests, the others serve it until it ends.
       host_id: which of them this is, from 0; None: as the cluster says (SLURM, TPU pod, ...).
       coordinator: ADDRESS:PORT of the first of them, a free port; None: as the cluster says.
-      policy: what enters a step: ``sarathi`` (every decode, then chunks of prompts: nobody who generates waits) or
-        ``vllm`` (whole prompts first, the baseline of the paper).
+      policy: what enters a step: ``sarathi`` (every decode, then chunks of prompts: nobody who generates waits) or one
+        to compare it with: ``vllm`` (whole prompts first), ``orca`` (every decode, then whole prompts, with memory kept
+        for the longest answer), ``faster_transformer`` (a batch of requests until all of it has ended),
+        ``chunked_only`` (chunks and decodes by turns), ``hybrid_only`` (every decode, then whole prompts) or
+        ``fastserve`` (who has had little goes first and preempts). Whole prompts must fit into the largest bucket.
+      chunk_schedule: HIGH, LOW, STAGES, TOKENS: the chunks of a prompt, which cost more the later they come, shrink
+        from HIGH to LOW tokens a step in so many equal stages over its first TOKENS tokens (the paper's dynamic chunks;
+        for the policies sarathi and chunked_only); None: every chunk may fill the budget.
       prefix_caching: keep the blocks of finished requests, as long as nobody needs the room, for requests that begin
         with the same tokens.
       tbt_slo_ms: longest time between two tokens of a request, in milliseconds: every step takes the largest bucket
@@ -165,6 +173,7 @@ class EngineConfig:
     host_id: int | None = None
     coordinator: str | None = None
     policy: Policy = "sarathi"
+    chunk_schedule: tuple[int, ...] | None = None
     prefix_caching: bool = True
     tbt_slo_ms: float | None = None
     ttft_slo_ms: float | None = None
@@ -188,11 +197,12 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name}={value!r} must be a positive number of milliseconds or None")
-        if self.tbt_slo_ms is not None and self.policy != "sarathi":
-            raise ConfigError(
-                f"tbt_slo_ms={self.tbt_slo_ms} with policy={self.policy!r}: only the policy sarathi can keep a time "
-                "between tokens; leave one of them out"
-            )
+        for name, purpose in (("tbt_slo_ms", "keep a time between tokens"), ("chunk_schedule", "cut prompts")):
+            if getattr(self, name) is not None and self.policy not in CHUNKING:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} with policy={self.policy!r}: only the policies "
+                    f"{' and '.join(CHUNKING)} can {purpose}; leave one of them out"
+                )
         if not (math.isfinite(self.memory_fraction) and 0 < self.memory_fraction <= 1):
             raise ConfigError(f"memory_fraction={self.memory_fraction!r} must lie in (0, 1]")
         if self.dp > 1 and self.hosts > 1:
@@ -211,6 +221,8 @@ class EngineConfig:
         buckets = self.buckets
         if not buckets or list(buckets) != sorted(set(buckets)) or not all(map(_is_count, buckets)):
             raise ConfigError(f"token_buckets={buckets!r} must be ascending positive integers")
+        if self.chunk_schedule is not None:
+            _check_chunk_schedule(self.chunk_schedule, buckets[-1], -(-self.max_running // self.pp))
 
     @property
     def buckets(self) -> tuple[int, ...]:
@@ -262,6 +274,17 @@ def default_buckets(token_budget: int) -> tuple[int, ...]:
     """
     powers = [1 << i for i in range(token_budget.bit_length()) if i not in (1, 2) and 1 << i < token_budget]
     return (*powers, token_budget)
+
+
+def _check_chunk_schedule(values: tuple[int, ...], largest: int, most_decodes: int) -> None:
+    if len(values) != 4 or not all(map(_is_count, values)):
+        raise ConfigError(f"chunk_schedule={values!r} must be four positive integers: HIGH, LOW, STAGES, TOKENS")
+    high, low = values[:2]
+    if not most_decodes < low <= high <= largest:
+        raise ConfigError(
+            f"chunk_schedule={values!r}: LOW={low} must exceed the {most_decodes} decodes of a step, which go first, "
+            f"and HIGH={high} must lie between LOW and the largest step of {largest}"
+        )
 
 
 def _is_count(value: object) -> bool:

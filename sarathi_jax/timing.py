@@ -53,7 +53,7 @@ def latency_table(
       hosts: the other processes of the replica, which this one leads.
       progress: shows a bar while measuring.
     """
-    about = _about(model, engine, cache)
+    about = about_table(model, engine, cache)
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
     path = use_compile_cache().parent / "latency" / f"{digest}.json"
     try:
@@ -171,8 +171,8 @@ def _ends(executor: DeviceExecutor, plans: Iterable[StepPlan], depth: int, clock
         executor.collect(handles.popleft())
 
 
-def _about(model: ModelConfig, engine: EngineConfig, cache: CacheConfig) -> dict[str, Any]:
-    """What a table is of."""
+def about_table(model: ModelConfig, engine: EngineConfig, cache: CacheConfig) -> dict[str, Any]:
+    """What a table is of: kept in it, and its key where tables are stored."""
     return {
         "device": f"{len(jax.devices())} x {_device_name()}",
         "jax": jax.__version__,

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from sarathi_jax.bench.slow_stage import SlowStages, Span
-from sarathi_jax.config import CacheConfig, ConfigError, EngineConfig, ModelConfig, RopeConfig
+from sarathi_jax.config import CacheConfig, ConfigError, EngineConfig, ModelConfig, Policy, RopeConfig
 from sarathi_jax.engine import Engine
 from sarathi_jax.executor import DeviceExecutor
 from sarathi_jax.kv.blocks import BlockPool
@@ -24,15 +24,14 @@ from sarathi_jax.request import SamplingParams
 from sarathi_jax.runner import Runner
 from sarathi_jax.sampling import SamplingTable
 from sarathi_jax.scheduling.base import Scheduler, Sizes
+from sarathi_jax.scheduling.make import scheduler_of
 from sarathi_jax.scheduling.plan import StepPlan, StepResult
-from sarathi_jax.scheduling.sarathi import SarathiScheduler
-from sarathi_jax.scheduling.vllm import VllmScheduler
 from sarathi_jax.weights.checkpoint import random_parameters
 
 LONGEST_PROMPT = 200
 LONGEST_OUTPUT = 20
 # vllm never cuts a prompt, so that its steps must hold the longest; sarathi has a budget of its own (the paper's tau).
-BUCKETS = {"sarathi": (16, 64), "vllm": (16, 64, 128, 256)}
+BUCKETS: dict[Policy, tuple[int, ...]] = {"sarathi": (16, 64), "vllm": (16, 64, 128, 256)}
 BLOCK_SIZE = 16
 SEQS_IN_FLIGHT = 12  # for each stage, so that there are always prompts to fill a step with
 
@@ -195,7 +194,7 @@ class SlowPipeline:
         self._time_of = time_of
         self._slow = SlowStages(self._runner, time_of)
 
-    def run(self, policy: str, load: Load) -> Timeline:
+    def run(self, policy: Policy, load: Load) -> Timeline:
         """Serves all requests.
 
         Args:
@@ -210,8 +209,7 @@ class SlowPipeline:
             max_model_len=self._cache.max_model_len,
             num_stages=self._engine.pp,
         )
-        pool = BlockPool(self._cache.num_blocks)
-        scheduler = VllmScheduler(pool, **sizes) if policy == "vllm" else SarathiScheduler(pool, **sizes)
+        scheduler = scheduler_of(policy, BlockPool(self._cache.num_blocks), sizes)
         sequences = {}
         table = SamplingTable(self._engine.max_running, self._model.vocab_size)
         executor = DeviceExecutor(self._runner, table, sequences, scheduler.table)

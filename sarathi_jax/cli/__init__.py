@@ -8,13 +8,27 @@ from types import ModuleType
 
 from absl import flags
 
-from sarathi_jax.cli import bench, capacity, convert, generate, models, plan, serve, simulate, train
+from sarathi_jax.cli import (
+    bench,
+    calibrate,
+    capacity,
+    convert,
+    generate,
+    models,
+    plan,
+    profile,
+    serve,
+    simulate,
+    train,
+)
 from sarathi_jax.cli.fields import UsageError, describe, parse
 
 VERBS: dict[str, ModuleType] = {
     "generate": generate,
     "serve": serve,
     "bench": bench,
+    "profile": profile,
+    "calibrate": calibrate,
     "simulate": simulate,
     "capacity": capacity,
     "plan": plan,

@@ -134,12 +134,14 @@ def _there(
         from sarathi_jax.bench.replay_http import replay_url, served_model
     except ImportError:
         raise UsageError("--url needs aiohttp: pip install 'sarathi-jax[bench]'") from None
+    served = served_model(values.url, values.api_key, values.served_model)
+
+    # Not before somebody has answered: these take seconds.
     from sarathi_jax.bench.replay import random_prompts
     from sarathi_jax.resources import checkpoint_path
     from sarathi_jax.tokenizer import load_tokenizer
     from sarathi_jax.weights.directory import load_model_config, load_model_yaml
 
-    served = served_model(values.url, values.api_key, values.served_model)
     path = checkpoint_path() if model.model is None else model.model
     is_yaml = path.suffix in (".yaml", ".yml")
     config = load_model_yaml(path) if is_yaml else load_model_config(path)

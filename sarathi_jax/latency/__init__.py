@@ -1,6 +1,17 @@
 """How long steps take: measured times of the programs, how far the device drifts from them; a roofline of others."""
 
-from sarathi_jax.latency.devices import DEVICES, PUBLISHED_STACK, Device, HostTerm, Kernels, Link
+from sarathi_jax.latency.devices import (
+    DEVICES,
+    PUBLISHED_STACK,
+    Device,
+    DeviceError,
+    HostTerm,
+    Kernels,
+    Link,
+    device_of,
+    load_device,
+    save_device,
+)
 from sarathi_jax.latency.forecast import Backlog, time_to_first_token_s
 from sarathi_jax.latency.roofline import Roofline, Work
 from sarathi_jax.latency.table import LatencyTable, TableError, Timing, chunk_keys
@@ -11,6 +22,7 @@ __all__ = [
     "PUBLISHED_STACK",
     "Backlog",
     "Device",
+    "DeviceError",
     "HostTerm",
     "Kernels",
     "LatencyTable",
@@ -21,5 +33,8 @@ __all__ = [
     "Timing",
     "Work",
     "chunk_keys",
+    "device_of",
+    "load_device",
+    "save_device",
     "time_to_first_token_s",
 ]

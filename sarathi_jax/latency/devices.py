@@ -5,6 +5,13 @@ chosen by looking at a capacity.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sarathi_jax.config import ConfigError, read_yaml
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,3 +223,67 @@ DEVICES = {
 PUBLISHED_STACK = HostTerm(
     launch_s=0.6547e-3, step_s=6.27e-3, sequence_s=1.285e-3, attention_flops=0.316, masked_share=0.379
 )
+
+
+class DeviceError(ValueError):
+    """A device that is not known, or a file that describes none; the message says what it should hold."""
+
+
+def device_of(name: str) -> Device:
+    """A device by its name in `DEVICES`, or by the path of a file, see `load_device`.
+
+    Raises:
+      DeviceError: neither.
+    """
+    if name in DEVICES:
+        return DEVICES[name]
+    if Path(name).expanduser().is_file():
+        return load_device(Path(name).expanduser())
+    raise DeviceError(f"no device {name!r}, and no such file; known are {', '.join(DEVICES)}")
+
+
+def save_device(device: Device, path: Path) -> None:
+    """Writes a device as YAML, which `load_device` reads.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    document = dataclasses.asdict(device)
+    document["links"] = [{"devices": most, **dataclasses.asdict(link)} for most, link in device.links]
+    document["kernels"]["by_tokens"] = [list(pair) for pair in device.kernels.by_tokens]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+
+
+def load_device(path: Path) -> Device:
+    """Reads a device from YAML or JSON: the fields of `Device`, and links as a list of `devices`, `latency_s`,
+    `bandwidth`.
+
+    Raises:
+      DeviceError: it cannot be read, or lacks something, or has a field that no device has.
+    """
+    try:
+        document: dict[str, Any] = dict(read_yaml(path))
+        kernels = dict(document.pop("kernels"))
+        by_tokens = tuple((int(rows), float(share)) for rows, share in kernels.pop("by_tokens", None) or ())
+        tile = int(kernels.pop("tile", Kernels.tile))
+        links = tuple((int(link.pop("devices")), Link(**_numbers(link))) for link in map(dict, document.pop("links")))
+        own: dict[str, Any] = {
+            "name": str(document.pop("name")),
+            "fitted": bool(document.pop("fitted", False)),
+            "memory_bytes": int(float(document.pop("memory_bytes"))),
+            "send": Link(**_numbers(document.pop("send"))),
+            "kernels": Kernels(**_numbers(kernels), tile=tile, by_tokens=by_tokens),
+        }
+        device = Device(**own, **_numbers(document), links=links)
+    except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
+        text = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise DeviceError(f"{path} describes no device: {text}") from error
+    least = min(device.peak_flops, device.bandwidth, device.kernels.flops, device.kernels.bytes)
+    if not least > 0 or not links:
+        raise DeviceError(f"{path} describes no device: peaks and shares must be above 0, and links at least one")
+    return device
+
+
+def _numbers(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: float(value) for name, value in fields.items()}

@@ -32,7 +32,7 @@ class LayerTime:
       model: the file's name without its ending.
       tp: devices that share the layer.
       num_tokens: of the step.
-      gemms: the four products.
+      gemms: the four products; one where single products were measured.
       gemm_s: their seconds.
       streams: (values read and written, seconds) of kernels that only move bytes.
     """
@@ -80,6 +80,22 @@ def read_messages(path: Path, num_devices: int, devices_per_node: int) -> list[t
     return found
 
 
+def read_sizes(path: Path) -> list[tuple[float, float]]:
+    """(bytes, seconds) of messages: columns ``bytes`` and ``ms``.
+
+    Raises:
+      FitError: a column is missing, or holds something else than a positive number.
+    """
+
+    def message(row: dict[str, str]) -> tuple[float, float]:
+        num_bytes, seconds = float(row["bytes"]), 1e-3 * float(row["ms"])
+        if not (0 < num_bytes < np.inf and 0 < seconds < np.inf):
+            raise ValueError("bytes and times must be above 0")
+        return num_bytes, seconds
+
+    return _read(path, message)
+
+
 def read_iterations(path: Path, context: int = 0) -> list[Iteration]:
     """Iterations of the paper's artifact: one prompt, or decodes, or both; times in s or ms, told apart by size.
 
@@ -123,6 +139,22 @@ def read_prefills(path: Path) -> list[tuple[int, int, Iteration]]:
     return _read(path, prefill)
 
 
+def read_products(path: Path) -> list[LayerTime]:
+    """Times of single products [m, k] x [k, n]: columns ``m``, ``k``, ``n``, ``ms``; each counts as a layer of one.
+
+    Raises:
+      FitError: a column is missing, or holds something else than a positive number.
+    """
+
+    def product(row: dict[str, str]) -> LayerTime:
+        m, k, n, seconds = int(row["m"]), int(row["k"]), int(row["n"]), 1e-3 * float(row["ms"])
+        if min(m, k, n) < 1 or not 0 < seconds < np.inf:
+            raise ValueError("sizes and times must be above 0")
+        return LayerTime(path.stem, 1, m, (Gemm(m, k, n),), (seconds,), ())
+
+    return _read(path, product)
+
+
 def fit_kernels(times: Sequence[LayerTime], device: Device) -> Kernels:
     """The constants that make the relative error of a layer's four products, summed, least on average.
 
@@ -134,7 +166,7 @@ def fit_kernels(times: Sequence[LayerTime], device: Device) -> Kernels:
     start = device.kernels
 
     def kernels(x: np.ndarray) -> Kernels:
-        flops, num_bytes, launch, sharpness, tile_share = x
+        flops, num_bytes, launch, sharpness, tile_share = x.tolist()
         return dataclasses.replace(
             start, flops=flops, bytes=num_bytes, launch_s=launch * 1e-6, sharpness=sharpness, tile_share=tile_share
         )
@@ -148,6 +180,8 @@ def fit_kernels(times: Sequence[LayerTime], device: Device) -> Kernels:
     products = kernels(nelder_mead(error, np.array([0.75, 0.85, 6.0, 1.7, 0.5])))
     products = dataclasses.replace(products, by_tokens=_by_tokens(gemms, seconds, device, products))
     streams = np.array([stream for time in times for stream in time.streams])
+    if not len(streams):
+        return products
     bytes_s = 2 * streams[:, 0] / device.bandwidth
 
     def stream_error(x: np.ndarray) -> float:
@@ -165,7 +199,7 @@ def _by_tokens(gemms: Gemm, seconds: np.ndarray, device: Device, kernels: Kernel
 
 
 def stack_gemms(times: Sequence[LayerTime]) -> Gemm:
-    """The products of all layers as one: arrays [layers, 4]."""
+    """The products of all layers as one: arrays [layers, products of each]."""
     m, k, n = (
         np.array([[getattr(gemm, side) for gemm in time.gemms] for time in times], np.float64)
         for side in ("m", "k", "n")
@@ -178,7 +212,7 @@ def layer_errors(gemms: Gemm, seconds: np.ndarray, device: Device, kernels: Kern
 
     Args:
       gemms: of `stack_gemms`.
-      seconds: measured, [layers, 4].
+      seconds: measured, [layers, products of each].
       device: whose peaks.
       kernels: to be judged.
     """

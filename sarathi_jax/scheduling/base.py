@@ -6,6 +6,7 @@ A policy is a class below `Scheduler` that decides in `schedule` what enters the
 
 import abc
 import bisect
+import collections
 import heapq
 import itertools
 import math
@@ -57,6 +58,8 @@ class Scheduler(abc.ABC):
       prefix_caching: a sequence starts behind those of its first blocks that the pool still holds.
     """
 
+    _cuts_prompts = True  # into chunks; else a prompt must fit into the largest bucket
+
     def __init__(
         self,
         pool: BlockPool,
@@ -79,6 +82,8 @@ class Scheduler(abc.ABC):
         self._prefix_caching = prefix_caching
         # So many blocks before a block show a query in it all that it may see; None: all of them do.
         self._reach = None if window is None else -(-(window - 1) // block_size)
+        # Sequences whose newest token is still on its way through the stages, for each of the last pp - 1 calls.
+        self._away: collections.deque[frozenset[int]] = collections.deque(maxlen=num_stages - 1)
         self._filling: list[Sequence] = []  # in the last step they computed the last token of a block, or of several
         self._num_queries, self._num_hits = 0, 0
         self._watermark = math.ceil(WATERMARK_FRACTION * pool.num_total)
@@ -146,7 +151,8 @@ class Scheduler(abc.ABC):
     @property
     def longest_prompt(self) -> int:
         """Longest prompt in tokens that can be served, with a single token of output."""
-        return self.longest_sequence - 1
+        longest = self.longest_sequence - 1
+        return longest if self._cuts_prompts else min(longest, self._buckets[-1])
 
     @property
     def keeps_pace(self) -> bool:
@@ -172,6 +178,11 @@ class Scheduler(abc.ABC):
         Raises:
           ValueError: it could never finish: too long for the model, for the whole pool, or for the policy.
         """
+        if not self._cuts_prompts and seq.num_prompt > self._buckets[-1]:
+            raise ValueError(
+                f"a prompt of {seq.num_prompt} tokens exceeds the largest step of {self._buckets[-1]}, and this policy "
+                f"never cuts prompts: raise token_budget to {seq.num_prompt}, or serve with the policy sarathi"
+            )
         length = seq.num_prompt + seq.request.max_tokens
         if length > self._max_model_len:
             raise ValueError(f"prompt and output of {length} tokens exceed max_model_len={self._max_model_len}")
@@ -223,6 +234,12 @@ class Scheduler(abc.ABC):
         )
 
     # For the policies.
+
+    def _reserve(self) -> None:
+        """Lets no more sequences run than the pool holds of the longest length, so that none ever lacks a block."""
+        longest = min(self.max_blocks(self._max_model_len - 1), self._pool.num_total)
+        self._max_running = min(self._max_running, self._pool.num_total // longest)
+        self._watermark = 0
 
     def _live(self) -> list[Sequence]:
         """The running sequences that go on, by rank, after freeing all blocks that nobody will read."""
@@ -306,6 +323,29 @@ class Scheduler(abc.ABC):
             num_spare -= num_blocks
             yield seq, prefix.num_blocks * self._block_size
 
+    def _whole_newcomers(
+        self, prefills: Seq[Sequence], num_tokens: int, most: int | None = None
+    ) -> list[tuple[Sequence, int]]:
+        """The waiting sequences that can start now and compute all they have in one step, at most so many, and behind
+        how many tokens.
+
+        A preempted one may have outgrown the largest bucket since. It starts first and alone, and runs in pieces.
+
+        Args:
+          prefills: that run.
+          num_tokens: room in the step.
+          most: sequences that may start; None: as many as find rows.
+        """
+        newcomers = []
+        for seq, start in self._affordable(prefills):
+            length = seq.num_tokens - start
+            is_too_long = length > self._buckets[-1] and not prefills and not newcomers
+            if not num_tokens or len(newcomers) == most or not (length <= num_tokens or is_too_long):
+                break
+            num_tokens -= min(length, num_tokens)
+            newcomers.append((seq, start))
+        return newcomers
+
     def _prefix(self, seq: Sequence) -> Prefix:
         """The blocks that hold the beginning of a waiting sequence. Its last token is always computed, since the next
         one is drawn from it; and every token of a prompt whose log-probabilities are wanted."""
@@ -322,9 +362,16 @@ class Scheduler(abc.ABC):
             extend_keys(seq.block_keys, seq.tokens, self._block_size, num_blocks)
             self._tables[seq.seq_id].register(seq.block_keys, num_blocks)
 
-    def _plan_prefill(self, seq: Sequence, budget: TokenBudget, chunks: list[Chunk]) -> None:
-        """Plans the next chunk of a prefill, as long as budget and blocks allow; none if they allow nothing."""
-        length = budget.take(self._room(seq))
+    def _plan_prefill(self, seq: Sequence, budget: TokenBudget, chunks: list[Chunk], most: int | None = None) -> None:
+        """Plans the next chunk of a prefill, as long as budget and blocks allow; none if they allow nothing.
+
+        Args:
+          seq: that runs.
+          budget: of the step.
+          chunks: where it goes.
+          most: tokens of the step up to which the chunk may fill it; None: the whole budget.
+        """
+        length = budget.take(self._room(seq), most)
         if not length:
             return
         start, end = seq.num_computed, seq.num_computed + length
@@ -343,6 +390,27 @@ class Scheduler(abc.ABC):
         table = self._tables[seq.seq_id]
         missing = table.blocks_needed(seq.num_tokens)
         return missing if self._window is None else min(missing, self.max_blocks(seq.num_tokens) - table.num_owned)
+
+    def _step(
+        self, decodes: list[Chunk], chunks: Seq[Chunk], preempted: Seq[int] = (), bucket: int | None = None
+    ) -> StepPlan | None:
+        """The step of what was planned; None if that is nothing.
+
+        Args:
+          decodes, chunks: of it; the last token of a prompt alone in its chunk has the form of a decode.
+          preempted: for it.
+          bucket: of it; None: the smallest that holds it.
+        """
+        rest = []
+        for chunk in chunks:
+            (decodes if chunk.length == 1 and chunk.samples else rest).append(chunk)
+        if self._num_stages > 1:
+            self._away.append(frozenset(chunk.seq_id for chunk in (*decodes, *rest) if chunk.samples))
+        if not decodes and not rest:
+            return None
+        if bucket is None:
+            bucket = self._bucket(len(decodes) + sum(chunk.length for chunk in rest))
+        return StepPlan((*decodes, *rest), bucket, len(decodes), tuple(preempted))
 
     def _bucket(self, num_tokens: int) -> int:
         """The smallest bucket that holds so many tokens."""
@@ -373,12 +441,6 @@ class Scheduler(abc.ABC):
         self._tables.pop(seq.seq_id).release()
         assert seq.row is not None
         heapq.heappush(self._free_rows, seq.row)
-
-
-def decodes_first(chunks: Seq[Chunk]) -> tuple[list[Chunk], list[Chunk]]:
-    """Splits prefill chunks: the last token of a prompt alone in its chunk has the form of a decode."""
-    alone = [chunk for chunk in chunks if chunk.length == 1 and chunk.samples]
-    return alone, [chunk for chunk in chunks if chunk.length > 1 or not chunk.samples]
 
 
 def _discard(queue: list[Sequence], seq: Sequence) -> None:

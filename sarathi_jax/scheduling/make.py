@@ -1,10 +1,13 @@
 """The scheduler that an `EngineConfig` asks for: the server and the simulator both make theirs here."""
 
-from sarathi_jax.config import CacheConfig, EngineConfig, ModelConfig
+from sarathi_jax.config import CacheConfig, EngineConfig, ModelConfig, Policy
 from sarathi_jax.kv.blocks import BlockPool
 from sarathi_jax.latency import StepTimes
 from sarathi_jax.scheduling.base import Scheduler, Sizes
-from sarathi_jax.scheduling.plan import KeepPace
+from sarathi_jax.scheduling.chunked_only import ChunkedOnlyScheduler
+from sarathi_jax.scheduling.faster_transformer import FasterTransformerScheduler
+from sarathi_jax.scheduling.orca import OrcaScheduler
+from sarathi_jax.scheduling.plan import Chooser, ChunkSchedule, KeepPace
 from sarathi_jax.scheduling.sarathi import SarathiScheduler
 from sarathi_jax.scheduling.vllm import VllmScheduler
 
@@ -30,8 +33,37 @@ def make_scheduler(
         "num_stages": engine.pp,
         "prefix_caching": engine.prefix_caching,
     }
-    pool = BlockPool(cache.num_blocks)
-    if engine.policy == "vllm":
-        return VllmScheduler(pool, **sizes)
     chooser = None if times is None else KeepPace(times, engine.buckets, engine.pp)
-    return SarathiScheduler(pool, chooser=chooser, **sizes)
+    chunks = None if engine.chunk_schedule is None else ChunkSchedule(*engine.chunk_schedule)
+    return scheduler_of(engine.policy, BlockPool(cache.num_blocks), sizes, chooser, chunks)
+
+
+def scheduler_of(
+    policy: Policy,
+    pool: BlockPool,
+    sizes: Sizes,
+    chooser: Chooser | None = None,
+    chunk_schedule: ChunkSchedule | None = None,
+) -> Scheduler:
+    """A scheduler around any pool.
+
+    Args:
+      policy: as in `EngineConfig`.
+      pool, sizes: as in `Scheduler`.
+      chooser, chunk_schedule: as in `ChunkingScheduler`; other policies have no use for them.
+    """
+    match policy:
+        case "sarathi":
+            return SarathiScheduler(pool, chooser=chooser, chunk_schedule=chunk_schedule, **sizes)
+        case "chunked_only":
+            return ChunkedOnlyScheduler(pool, chooser=chooser, chunk_schedule=chunk_schedule, **sizes)
+        case "hybrid_only":
+            return SarathiScheduler(pool, cuts_prompts=False, **sizes)
+        case "vllm":
+            return VllmScheduler(pool, **sizes)
+        case "orca":
+            return OrcaScheduler(pool, **sizes)
+        case "faster_transformer":
+            return FasterTransformerScheduler(pool, **sizes)
+        case "fastserve":
+            raise NotImplementedError("fastserve")

@@ -107,12 +107,39 @@ class TokenBudget:
 
     def __init__(self, limit: int):
         self.left = max(0, limit)
+        self.taken = 0
 
-    def take(self, wanted: int) -> int:
-        """Takes up to `wanted` tokens and returns how many there were."""
-        taken = max(0, min(wanted, self.left))
-        self.left -= taken
-        return taken
+    def room(self, most: int | None = None) -> int:
+        """Tokens that may still be taken, up to `most` in the whole step if that is less."""
+        return self.left if most is None else max(0, min(self.left, most - self.taken))
+
+    def take(self, wanted: int, most: int | None = None) -> int:
+        """Takes up to `wanted` tokens, as far as there is `room`, and returns how many there were."""
+        num_tokens = max(0, min(wanted, self.room(most)))
+        self.left -= num_tokens
+        self.taken += num_tokens
+        return num_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkSchedule:
+    """Chunks that shrink while a prompt progresses, since the later ones read more keys: the paper's dynamic chunks.
+
+    Attributes:
+      high, low: most tokens of a step with a first chunk, and with a last one.
+      num_stages: equal stages in which they fall.
+      num_tokens: of the prompt, over which they fall; later chunks stay at `low`.
+    """
+
+    high: int
+    low: int
+    num_stages: int
+    num_tokens: int
+
+    def __call__(self, start: int) -> int:
+        """Most tokens of a step with a chunk that begins behind `start` tokens."""
+        stage = min(start * self.num_stages // self.num_tokens, self.num_stages - 1)
+        return self.high - (self.high - self.low) * stage // max(1, self.num_stages - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,12 +152,19 @@ class Demand:
         cache, and tokens that could be computed now.
       num_decode_keys: keys that the decodes read, themselves included.
       pace_s: the least `Request.pace_s` of all running decodes; None: nobody was promised anything.
+      alternates: the decodes do not enter this step but the next one, alone.
     """
 
     num_decodes: int
     prefills: tuple[tuple[int, int], ...] = ()
     num_decode_keys: int = 0
     pace_s: float | None = None
+    alternates: bool = False
+
+    @property
+    def num_beside(self) -> int:
+        """Decodes in the same step."""
+        return 0 if self.alternates else self.num_decodes
 
     @property
     def num_prefill_tokens(self) -> int:
@@ -165,7 +199,7 @@ class FillToEdge:
     flat_tokens: int = 64
 
     def __call__(self, demand: Demand) -> int:
-        num_decodes, num_prefill_tokens = demand.num_decodes, demand.num_prefill_tokens
+        num_decodes, num_prefill_tokens = demand.num_beside, demand.num_prefill_tokens
         num_tokens = num_decodes + num_prefill_tokens
         index = bisect.bisect_left(self.buckets, num_tokens)
         if index == len(self.buckets):
@@ -200,14 +234,20 @@ class KeepPace:
         if demand.pace_s is None or not demand.num_decodes:
             return self._fill[-1](demand)
         for i in reversed(range(len(self._buckets))):
-            if self._buckets[i] > demand.num_decodes and self._fits(self._buckets[i], demand, demand.pace_s):
+            if self._buckets[i] > demand.num_beside and self._fits(self._buckets[i], demand, demand.pace_s):
                 return self._fill[i](demand)
-        return demand.num_decodes
+        return demand.num_beside
 
     def _fits(self, bucket: int, demand: Demand, pace_s: float) -> bool:
-        left, num_keys = bucket - demand.num_decodes, 0
+        left, num_keys = bucket - demand.num_beside, 0
         for start, num_tokens in demand.prefills:
             length = min(left, num_tokens)
             num_keys += chunk_keys(start, length)
             left -= length
-        return self._num_stages * self._times.bound_s(bucket, demand.num_decode_keys, num_keys) <= pace_s
+        if not demand.alternates:
+            return self._num_stages * self._times.bound_s(bucket, demand.num_decode_keys, num_keys) <= pace_s
+        # A step of prompts and one of decodes, as often as it takes a token to come round and find one of decodes.
+        decode_bucket = self._buckets[bisect.bisect_left(self._buckets, demand.num_decodes, hi=len(self._buckets) - 1)]
+        pair_s = self._times.bound_s(bucket, 0, num_keys)
+        pair_s += self._times.bound_s(decode_bucket, demand.num_decode_keys, 0)
+        return (self._num_stages + 1) // 2 * pair_s <= pace_s

@@ -9,10 +9,11 @@ import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from sarathi_jax.config import Policy
 from sarathi_jax.engine import Engine
 from sarathi_jax.executor import DeviceExecutor, Executor
 from sarathi_jax.kv.blocks import BlockPool
@@ -20,9 +21,8 @@ from sarathi_jax.llm import LLM
 from sarathi_jax.request import Logprob, RequestOutput, SamplingParams
 from sarathi_jax.sampling import SamplingTable
 from sarathi_jax.scheduling.base import Scheduler, Sizes
+from sarathi_jax.scheduling.make import scheduler_of
 from sarathi_jax.scheduling.plan import Chooser, StepPlan, StepResult
-from sarathi_jax.scheduling.sarathi import SarathiScheduler
-from sarathi_jax.scheduling.vllm import VllmScheduler
 from sarathi_jax.sequence import Sequence as Sample
 from tests.kv.owners import check_owners
 from tests.tiny_models import write_tiny_model
@@ -149,7 +149,7 @@ class Served:
         max_num_seqs: int = MAX_SEQS,
         chooser: Chooser | None = None,
         scripts: Sequence[Sequence[int]] | None = None,
-        policy: Literal["sarathi", "vllm"] = "sarathi",
+        policy: Policy = "sarathi",
         prefix_caching: bool = True,
     ) -> Bench:
         """An engine of its own around the shared programs. Use one at a time: they share the cache.
@@ -161,7 +161,7 @@ class Served:
           max_num_seqs: at most `MAX_SEQS`; 1 serves one sequence after another.
           chooser: limits the tokens of a step.
           scripts: what the samples of every request say, in place of the model.
-          policy: who decides what a step computes; `chooser` is for sarathi.
+          policy: who decides what a step computes; `chooser` is for those that cut prompts.
           prefix_caching: as in `EngineConfig`.
         """
         pool = BlockPool(num_blocks)
@@ -174,9 +174,7 @@ class Served:
             num_stages=self.config.pp,
             prefix_caching=prefix_caching,
         )
-        scheduler = VllmScheduler(pool, **sizes)
-        if policy == "sarathi":
-            scheduler = SarathiScheduler(pool, chooser=chooser, **sizes)
+        scheduler = scheduler_of(policy, pool, sizes, chooser)
         sequences = {}
         table = SamplingTable(self.config.max_running, self.model.vocab_size)
         device = DeviceExecutor(self.runner, table, sequences, scheduler.table)

@@ -81,7 +81,7 @@ def test_a_promise_that_nobody_can_keep_is_refused(served):
         served.bench().engine.add_request("a", [5], greedy(), slo_ms=50)
     with pytest.raises(RequestError, match="priority=1.5 must be an integer"):
         served.bench().engine.add_request("a", [5], greedy(), priority=1.5)
-    with pytest.raises(ConfigError, match="only the policy sarathi can keep"):
+    with pytest.raises(ConfigError, match="only the policies sarathi and chunked_only can keep"):
         EngineConfig(policy="vllm", tbt_slo_ms=50)
 
 

@@ -10,14 +10,18 @@ import collections
 import dataclasses
 from collections.abc import Sequence as Seq
 
+from sarathi_jax.config import Policy
 from sarathi_jax.kv.blocks import BlockPool
 from sarathi_jax.request import Request, SamplingParams
 from sarathi_jax.scheduling.base import Scheduler, Sizes
-from sarathi_jax.scheduling.plan import Chooser, Chunk, Demand, FillToEdge, StepPlan
-from sarathi_jax.scheduling.sarathi import SarathiScheduler
-from sarathi_jax.scheduling.vllm import VllmScheduler
+from sarathi_jax.scheduling.make import scheduler_of
+from sarathi_jax.scheduling.plan import Chooser, Chunk, ChunkSchedule, Demand, FillToEdge, StepPlan
 from sarathi_jax.sequence import Sequence
 from tests.kv.owners import check_owners
+
+
+BY_TURNS: tuple[Policy, ...] = ("vllm", "orca", "faster_transformer")
+RESERVING: tuple[Policy, ...] = ("orca", "faster_transformer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Case:
     Attributes:
       num_ahead: steps scheduled before the tokens that are through are known: 0 without overlap, 1 as the engine does.
       num_stages: of the pipeline.
-      chooser: of `SarathiScheduler`.
+      chooser, chunk_schedule: of `ChunkingScheduler`.
     """
 
     arrivals: tuple[Arrival, ...]
@@ -62,8 +66,9 @@ class Case:
     num_ahead: int = 0
     num_stages: int = 1
     chooser: Chooser | None = None
-    policy: type[Scheduler] = SarathiScheduler
+    policy: Policy = "sarathi"
     prefix_caching: bool = False
+    chunk_schedule: ChunkSchedule | None = None
 
     def scheduler(self, pool: BlockPool) -> Scheduler:
         sizes: Sizes = {
@@ -75,9 +80,7 @@ class Case:
             "num_stages": self.num_stages,
             "prefix_caching": self.prefix_caching,
         }
-        if self.policy is SarathiScheduler:
-            return SarathiScheduler(pool, chooser=self.chooser, **sizes)
-        return self.policy(pool, **sizes)
+        return scheduler_of(self.policy, pool, sizes, self.chooser, self.chunk_schedule)
 
     @property
     def max_running(self) -> int:
@@ -195,6 +198,7 @@ class Drive:
         needs = [self.scheduler.max_blocks(a.num_prompt + a.max_tokens) for a in case.arrivals]
         self.is_ample = sum(needs) <= case.num_blocks
         self.round_bucket, self.num_following = 0, 0
+        self.were_prompts = False
         arrivals = case.arrivals
         # Every step draws a token, or moves the earliest prefill, or fills another's last block, or waits for a commit.
         num_steps = sum(3 * a.max_tokens + a.num_prompt + case.block_size + 2 for a in arrivals)
@@ -227,9 +231,9 @@ class Drive:
         self.check(plan, before)
         self.plans.append(plan)
         self.in_flight.append(plan)
-        # A group of vLLM's waits for its turn, whatever the others do.
+        # A group waits for its turn, whatever the others do.
         self.num_idle = 0 if any(self.in_flight) else self.num_idle + 1
-        most_idle = self.case.num_stages - 1 if self.case.policy is VllmScheduler else 0
+        most_idle = self.case.num_stages - 1 if self.case.policy in BY_TURNS else 0
         assert self.num_idle <= most_idle or not self.live, "nothing can run and nothing is in flight"
         if len(self.in_flight) == self.case.num_stages + self.case.num_ahead:
             self.commit(self.in_flight.popleft())
@@ -317,7 +321,7 @@ class Drive:
         running = [seq.seq_id for seq in self.scheduler.running]
         admitted = sorted(set(running) - set(running_before))
         self.check_starts(admitted, chunks)
-        self.check_sarathi(plan) if case.policy is SarathiScheduler else self.check_vllm(plan)
+        self.check_policy(plan, admitted)
         self.check_preempted(preempted, ids, runnable, decodes)
 
         assert set(running_before) - set(running) == set(preempted)
@@ -353,7 +357,7 @@ class Drive:
         """Nobody who is away comes in; notes who waits and how the steps share those who decode."""
         assert not any(map(self.is_away, ids)), "a token that is not there yet"
         assert [i for i in ids if i in decodes] == sorted(i for i in ids if i in decodes)
-        has_prompts = self.case.policy is VllmScheduler and not {*ids} <= {*decodes}
+        has_prompts = self.case.policy != "sarathi" and not {*ids} <= {*decodes}
         is_same = self.decoding == set(decodes) and not preempted and not has_prompts
         self.num_settled = self.num_settled + 1 if is_same else 0
         self.max_settled = max(self.max_settled, self.num_settled)
@@ -384,26 +388,44 @@ class Drive:
         assert plan.bucket == self.round_bucket, "two buckets in a round"
         self.num_following -= 1
 
-    def check_vllm(self, plan: StepPlan | None) -> None:
-        """Prompts alone and whole, else decodes, in the smallest bucket."""
+    def check_policy(self, plan: StepPlan | None, admitted: list[int]) -> None:
+        """What sets a policy apart."""
+        policy, is_one_stage = self.case.policy, self.case.num_stages == 1
+        if policy == "sarathi":
+            self.check_sarathi(plan)
+            return
+        if policy in ("orca", "hybrid_only") and is_one_stage:
+            assert not self.waits, "a decode waits"
+        if policy == "faster_transformer" and is_one_stage:
+            others = {seq.seq_id for seq in self.scheduler.running} - {*admitted}
+            assert not (admitted and others), "a batch begins before the last one has ended"
         if plan is None:
             return
         assert plan.bucket == min(bucket for bucket in self.case.buckets if bucket >= plan.num_tokens)
         prompts = [chunk for chunk in plan.chunks if chunk.seq_id not in self.decoding]
-        if not prompts:
-            assert self.case.num_stages > 1 or not self.waits, "a decode waits"
-            return
-        assert len(prompts) == len(plan.chunks), "decodes beside prompts"
-        starts = self.starts
-        assert sum(chunk.start > starts[chunk.seq_id] for chunk in prompts) <= 1, "two in pieces"
-        largest = self.case.buckets[-1]
-        for chunk in prompts:
-            is_piece = chunk.start > starts[chunk.seq_id] or not chunk.samples
-            assert not is_piece or self.num_tokens(chunk.seq_id) - starts[chunk.seq_id] > largest, "a prompt is cut"
-            assert chunk.samples or chunk.length == largest == plan.num_tokens, "pieces are as large as can be"
+        if policy in ("vllm", "faster_transformer", "chunked_only"):
+            assert len(prompts) in (0, len(plan.chunks)), "decodes beside prompts"
+        if policy == "vllm" and is_one_stage:
+            assert prompts or not self.waits, "a decode waits"
+        if policy == "chunked_only":
+            # Whoever is ready gets the next step; only a step of one stage can hold them all.
+            assert not (prompts and self.were_prompts and is_one_stage and self.waits), "two steps of prompts in a row"
+            self.were_prompts = bool(prompts)
+        else:
+            self.check_whole(plan, prompts)
+
+    def check_whole(self, plan: StepPlan, prompts: list[Chunk]) -> None:
+        """No prompt is cut, but by preemption one may have outgrown the largest bucket, and runs in pieces."""
+        starts, largest = self.starts, self.case.buckets[-1]
+        pieces = [chunk for chunk in prompts if chunk.start > starts[chunk.seq_id] or not chunk.samples]
+        assert len(pieces) <= 1, "two in pieces"
+        for chunk in pieces:
+            assert self.num_tokens(chunk.seq_id) - starts[chunk.seq_id] > largest, "a prompt is cut"
+            assert chunk.samples or largest == plan.num_tokens, "pieces are as large as can be"
 
     def check_preempted(self, preempted, ids: list[int], runnable: list[int], decodes: list[int]) -> None:
         self.num_preemptions += len(preempted)
+        assert not (preempted and self.case.policy in RESERVING), "memory was reserved"
         assert not {*preempted} & {*ids}
         left = [i for i in runnable if i not in preempted]
         assert not preempted or min(preempted) > max(left), "the latest arrival goes first"

@@ -6,11 +6,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from sarathi_jax.scheduling.base import Scheduler
+from sarathi_jax.config import CHUNKING, Policy
 from sarathi_jax.scheduling.plan import FillToEdge
-from sarathi_jax.scheduling.sarathi import SarathiScheduler
-from sarathi_jax.scheduling.vllm import VllmScheduler
-from tests.scheduling.drive import Arrival, Case, Drive
+from tests.scheduling.drive import RESERVING, Arrival, Case, Drive
 
 # Few cases in `make check`, over two thousand in the whole suite.
 MANY = pytest.mark.parametrize("num_cases", [35, pytest.param(400, marks=pytest.mark.slow)])
@@ -60,7 +58,7 @@ def cases(
     slack: str,
     windowed: bool = False,
     stages=(1,),
-    policy: type[Scheduler] = SarathiScheduler,
+    policy: Policy = "sarathi",
     prefix_caching: bool = False,
 ):
     """`slack`: blocks for everything at once (ample) or little more than the longest sequence needs (tight).
@@ -68,7 +66,7 @@ def cases(
     `prefix_caching`: with requests of which some begin alike, even go on alike.
     """
     requests, block_size, buckets = draw(arrivals()), draw(st.sampled_from([1, 2, 3, 4, 8])), draw(BUCKETS)
-    if policy is VllmScheduler:
+    if policy not in CHUNKING:
         requests = tuple(dataclasses.replace(r, num_prompt=min(r.num_prompt, buckets[-1])) for r in requests)
     if prefix_caching:
         shared = st.just(0) | st.integers(1, 60) | st.just(60)
@@ -82,14 +80,14 @@ def cases(
         window=draw(st.sampled_from([1, 2, 5, 8, 16, 30])) if windowed else None,
         num_ahead=draw(st.sampled_from([0, 0, 1, 1, 1, 2, 4])),
         num_stages=draw(st.sampled_from(stages)),
-        chooser=draw(choosers(buckets)) if policy is SarathiScheduler else None,
+        chooser=draw(choosers(buckets)) if policy in CHUNKING else None,
         policy=policy,
         prefix_caching=prefix_caching,
     )
     scheduler = Drive(case).scheduler
     needs = [scheduler.max_blocks(request.num_prompt + request.max_tokens - 1) for request in requests]
     if slack == "tight":
-        num_blocks = max(1, *needs) + draw(st.integers(0, 4))
+        num_blocks = max(1, *needs) * draw(st.integers(1, 3 if policy in RESERVING else 1)) + draw(st.integers(0, 4))
     else:
         num_blocks = sum(needs) + 2 + sum(needs) // 50
     return dataclasses.replace(case, num_blocks=num_blocks)

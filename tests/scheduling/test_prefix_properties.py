@@ -5,8 +5,6 @@ import collections
 import pytest
 from hypothesis import given
 
-from sarathi_jax.scheduling.sarathi import SarathiScheduler
-from sarathi_jax.scheduling.vllm import VllmScheduler
 from tests.scheduling.drive import Arrival, Case, Drive, expected_tokens
 from tests.scheduling.random_cases import PIPELINE, cases, cases_of
 
@@ -16,7 +14,7 @@ FEW = pytest.mark.parametrize("num_cases", [12, pytest.param(80, marks=pytest.ma
 @FEW
 @pytest.mark.parametrize("windowed", [False, True])
 @pytest.mark.parametrize("stages", [(1,), PIPELINE], ids=["one stage", "pipeline"])
-@pytest.mark.parametrize("policy", [SarathiScheduler, VllmScheduler])
+@pytest.mark.parametrize("policy", ["sarathi", "vllm"])
 def test_tight_memory(num_cases, windowed, stages, policy):
     seen = collections.Counter()
 
@@ -60,7 +58,7 @@ def test_ample_memory_follows_algorithm_3_exactly(num_cases):
 
 
 @FEW
-@pytest.mark.parametrize("policy", [SarathiScheduler, VllmScheduler])
+@pytest.mark.parametrize("policy", ["sarathi", "vllm"])
 def test_pipeline_in_ample_memory(num_cases, policy):
     @cases_of(num_cases)
     @given(cases(slack="ample", stages=PIPELINE, policy=policy, prefix_caching=True))

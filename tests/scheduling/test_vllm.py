@@ -8,7 +8,7 @@ from tests.scheduling.drive import Arrival, Case, Drive, drawn, make_sequence, t
 
 
 def case_of(*arrivals: Arrival, num_blocks: int = 64, **changes) -> Case:
-    return Case(arrivals, num_blocks, policy=VllmScheduler, **changes)
+    return Case(arrivals, num_blocks, policy="vllm", **changes)
 
 
 def test_a_prompt_stalls_every_decode():

@@ -5,7 +5,6 @@ import collections
 import pytest
 from hypothesis import given
 
-from sarathi_jax.scheduling.vllm import VllmScheduler
 from tests.scheduling.drive import Drive, expected_whole_prompts
 from tests.scheduling.random_cases import FEWER, PIPELINE, cases, cases_of
 
@@ -17,7 +16,7 @@ def test_tight_memory(num_cases, windowed, stages):
     seen = collections.Counter()
 
     @cases_of(num_cases)
-    @given(cases(slack="tight", windowed=windowed, stages=stages, policy=VllmScheduler))
+    @given(cases(slack="tight", windowed=windowed, stages=stages, policy="vllm"))
     def check(case):
         drive = Drive(case).run()
         seen["preempting"] += drive.num_preemptions > 0
@@ -31,7 +30,7 @@ def test_tight_memory(num_cases, windowed, stages):
 @FEWER
 def test_ample_memory_is_prefill_first_exactly(num_cases):
     @cases_of(num_cases)
-    @given(cases(slack="ample", policy=VllmScheduler))
+    @given(cases(slack="ample", policy="vllm"))
     def check(case):
         drive = Drive(case)
         schedule = drive.scheduler.schedule
@@ -53,7 +52,7 @@ def test_ample_memory_is_prefill_first_exactly(num_cases):
 @FEWER
 def test_pipeline_in_ample_memory(num_cases):
     @cases_of(num_cases)
-    @given(cases(slack="ample", stages=PIPELINE, policy=VllmScheduler))
+    @given(cases(slack="ample", stages=PIPELINE, policy="vllm"))
     def check(case):
         assert not Drive(case).run().num_preemptions
 

@@ -1,0 +1,81 @@
+"""Measures how long the compiled programs of a model take on this device, at several fills of the cache.
+
+  PROGRAM profile --out table.json
+  PROGRAM profile --model ~/models/qwen3-0.6b --token_budget 1024 --out table.json --picture table.svg
+
+The table is what a simulation of this device goes by:
+  PROGRAM simulate --table table.json --trace chat --rate 2
+It holds one program for each bucket: give the flags of the model and the engine that shall be simulated. Nothing else
+should run meanwhile.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from sarathi_jax.cli.fields import UsageError
+from sarathi_jax.cli.model_flags import define_model_flags, model_arguments
+from sarathi_jax.latency import LatencyTable
+
+SUMMARY = "measures the step times of a model on this device"
+
+_SKIP = ("seed", "hosts", "host_id", "coordinator")
+
+
+def define(values: flags.FlagValues) -> None:
+    """Defines the flags: where the table goes, then the model's."""
+    flags.DEFINE_string("out", None, "file for the table (.json).", flag_values=values)
+    flags.DEFINE_string("picture", None, "file for a picture of it (.svg or .png).", flag_values=values)
+    define_model_flags(values, _SKIP)
+
+
+def run(values: flags.FlagValues, arguments: Sequence[str]) -> int:
+    """Measures; returns the exit status."""
+    if arguments:
+        raise UsageError(f"unexpected {arguments[0]!r}; everything is given by flags")
+    if values.out is None:
+        raise UsageError("--out is missing: the file for the table, such as table.json")
+    if values.picture is not None and not values.picture.endswith((".svg", ".png")):
+        raise UsageError(f"--picture={values.picture} must end with .svg or .png")
+    model = model_arguments(values, _SKIP)
+    # Here, so that --help and wrong flags are answered without waiting for jax.
+    from sarathi_jax.loading import load
+    from sarathi_jax.telemetry.plots import latency_curves
+    from sarathi_jax.timing import about_table, measure
+
+    progress = sys.stderr.isatty()
+    loaded = load(model.model, model.dtype, progress, model.engine)
+    own, engine, cache = loaded.model_config, loaded.engine_config, loaded.cache_config
+    about = about_table(own, engine, cache)
+    table = measure(engine, cache, loaded.replicas[0].runner, own.vocab_size, about=about, progress=progress)
+    out = Path(values.out).expanduser()
+    table.save(out)
+    print(f"{about['device']}, {loaded.path.name}, {engine.dtype}, {cache.num_blocks} blocks of {cache.block_size}\n")
+    print(table_text(table))
+    print(f"\nwritten to {out}")
+    if values.picture is not None:
+        latency_curves(table, Path(values.picture).expanduser())
+    loaded.close()
+    return 0
+
+
+def table_text(table: LatencyTable) -> str:
+    """A line a program: milliseconds with an empty and a full cache, of decodes and of one prompt, and the speed."""
+    head = (("", "decodes", "prompt"), ("bucket", "empty", "full", "empty", "full", "tokens/s"))
+    lines = [
+        f"{'':>8}{head[0][1]:>20}{head[0][2]:>20}",
+        "".join(f"{name:>{8 if i == 0 else 10}}" for i, name in enumerate(head[1])),
+    ]
+    for bucket in table.buckets:
+        cells = []
+        for is_decodes in (True, False):
+            its = [
+                timing for timing in table.timings if timing.bucket == bucket and bool(timing.num_decodes) == is_decodes
+            ]
+            its.sort(key=lambda timing: timing.num_decode_keys + timing.num_prefill_keys)
+            cells += [its[0].seconds, its[-1].seconds]
+        times = "".join(f"{1e3 * seconds:>10.2f}" for seconds in cells)
+        lines.append(f"{bucket:>8}{times}{bucket / cells[2]:>10,.0f}")
+    return "\n".join(lines)

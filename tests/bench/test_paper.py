@@ -1,0 +1,85 @@
+"""The paper's experiments: files that are read or refused, pages that are the same every time."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from sarathi_jax.bench.paper.experiment import Experiment, ExperimentError, Options, Section
+from sarathi_jax.bench.paper.kinds import load_experiment, run, shipped_experiments
+from sarathi_jax.bench.paper.markdown import Comparison, comparison_table, number
+from sarathi_jax.bench.paper.report import write_index, write_page
+from sarathi_jax.resources import config_names, config_path
+
+QUICK = Options(quick=True)
+
+
+def experiment(name: str) -> Experiment:
+    return load_experiment(config_path("experiments", name))
+
+
+def pages(folder: Path, name: str) -> dict[str, bytes]:
+    one = experiment(name)
+    write_page(one, run(one, QUICK), folder, QUICK)
+    write_index(shipped_experiments(), folder)
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_every_shipped_file_is_read():
+    assert {one.name for one in shipped_experiments()} == set(config_names("experiments"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("kind: intensity", "kind: intensty", r"paper.yaml: kind 'intensty' is none of"),
+        ("title:", "titel:", r"paper.yaml: unknown key 'titel'; do you mean title\?"),
+        ("  context: 1024", "  contexts: 1024", r"paper.yaml: settings: unknown key 'contexts'; do you mean context\?"),
+        ("  context: 1024", "", r"paper.yaml: settings: context must be given"),
+        ("  context: 1024", "  context: many", r"settings.context: 'many' is no int"),
+        ("tp: 4", "tps: 4", r"paper.yaml: settings.deployment: engine: .*tps"),
+        ("llama2-70b-8xa40", "llama", r"settings.deployment: no deployments configuration 'llama'"),
+        ("device: a100-80gb", "device: a100", r"device 'a100' is none of a100-80gb"),
+        ("  saturating_tokens: 512", "  tokens: 512", r"paper.yaml: paper: unknown key 'tokens'"),
+        ("paper:\n", "paper: [\n", "is not valid YAML"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_with_the_files_name(tmp_path, old, new, message):
+    text = config_path("experiments", "intensity").read_text()
+    assert old in text
+    path = tmp_path / "paper.yaml"
+    path.write_text(text.replace(old, new))
+    with pytest.raises(ExperimentError, match=message):
+        load_experiment(path)
+
+
+@pytest.mark.parametrize("name", ["intensity"])
+def test_same_pages_every_time(tmp_path, name):
+    first, second = (pages(tmp_path / folder, name) for folder in ("first", "second"))
+    assert first == second
+    assert {"README.md", f"{name}.md"} < set(first)
+    assert {path.rpartition(".")[2] for path in first} == {"md", "csv", "svg"}
+    page, index = first[f"{name}.md"].decode(), first["README.md"].decode()
+    assert f"[{experiment(name).title}]({name}.md)" in index
+    assert all(path in page for path in first if path not in ("README.md", f"{name}.md"))
+
+
+def test_index_keeps_pages_that_were_not_made_anew(tmp_path):
+    first = dataclasses.replace(experiment("intensity"), name="first", title="First")
+    second = dataclasses.replace(first, name="second", title="Second")
+    given = tmp_path / "given.png"
+    given.write_bytes(b"picture")
+    write_page(first, Section("as it was", "text"), tmp_path, Options())
+    write_page(second, Section("as it is", "text", pictures={"copy": given}), tmp_path, Options())
+    index = write_index([first, second], tmp_path).read_text()
+    assert "| [First](first.md) | as it was |" in index
+    assert "| [Second](second.md) | as it is |" in index
+    assert (tmp_path / "second-copy.png").read_bytes() == b"picture"
+
+
+def test_ours_beside_the_papers():
+    lines = comparison_table([Comparison("P99", 0.15, 0.12, "s", "because"), Comparison("P50", 1.0)]).splitlines()
+    assert lines[0] == "| what | ours | paper | ours / paper | why they differ |"
+    assert lines[2:] == ["| P99 | 0.15 s | 0.12 s | 1.25 | because |", "| P50 | 1 | - | - |  |"]
+    assert "why" not in comparison_table([Comparison("P50", 1.0)])
+    assert [number(value) for value in (12345.6, 0.0001234, float("inf"))] == ["12,300", "0.000123", "inf"]
