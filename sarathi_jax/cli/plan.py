@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "finds the cheapest devices, tp, pp, replicas and budget for a workload and an SLO"
 
-_NUM_REQUESTS = 256
+_NUM_REQUESTS, _MAX_NUM_SEQS = 256, 128
 _COARSE_TOLERANCE, _LOWEST = 0.25, 1 / 64  # of the first search, and of the rate that it begins with
 _CHOSEN = (
     "device",
@@ -88,6 +88,8 @@ def define(values: flags.FlagValues) -> None:
     define_workload_flags(values, skip=("rate",))
     values["num_requests"].help = f"of each run; none: {_NUM_REQUESTS}."
     define_deployment_flags(values, skip=_CHOSEN)
+    values["max_num_seqs"].help = f"sequences that may run at once in a replica; without it {_MAX_NUM_SEQS}."
+    values["max_num_seqs"].default = None
 
 
 def run(values: flags.FlagValues, arguments: Sequence[str]) -> int:
@@ -104,6 +106,8 @@ def run(values: flags.FlagValues, arguments: Sequence[str]) -> int:
     options = _options(values)
     spec = rated_spec(values, _NUM_REQUESTS)
     model, engine = model_and_engine(values, _CHOSEN)
+    if not values["max_num_seqs"].present:
+        engine = dataclasses.replace(engine, max_num_seqs=_MAX_NUM_SEQS)
     if engine.policy != "sarathi":
         raise UsageError(f"--policy={engine.policy}: a plan chooses token budgets, which only sarathi has")
     base = Deployment(model, DEVICES[options.devices[0]], engine, host=host_of(values), pads=values.pads)
