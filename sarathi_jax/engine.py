@@ -8,12 +8,11 @@ from typing import Any
 
 from sarathi_jax.clock import Clock, WallClock
 from sarathi_jax.config import CacheConfig, EngineConfig, ModelConfig
-from sarathi_jax.executor import Executor
 from sarathi_jax.intake import Intake
 from sarathi_jax.output import RequestRecord, SampleRecord
 from sarathi_jax.request import Request, RequestError, RequestOutput, SamplingParams, StructuredOutputsParams
 from sarathi_jax.scheduling.base import Scheduler
-from sarathi_jax.scheduling.plan import StepPlan, StepResult
+from sarathi_jax.scheduling.plan import Executor, StepPlan, StepResult
 from sarathi_jax.sequence import Sequence
 from sarathi_jax.structured import Grammars, Matcher
 from sarathi_jax.telemetry.steps import Observer, StepRecord

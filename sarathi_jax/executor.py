@@ -1,10 +1,9 @@
-"""Who runs a plan: `launch` starts a step, `collect` waits for it. The engine cannot tell which executor it has."""
+"""`DeviceExecutor`: packs plans and runs them on the device; `follow`: what the other hosts of a replica do."""
 
 import collections
 import dataclasses
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,22 +15,6 @@ from sarathi_jax.sampling import SamplingTable
 from sarathi_jax.scheduling.plan import StepPlan, StepResult
 from sarathi_jax.sequence import Sequence
 from sarathi_jax.step_program import StepOutput
-
-
-class Executor(Protocol):
-    """Runs steps in the order in which they are launched.
-
-    With a pipeline of pp stages a step takes pp launches: each lets its own step in, if any, and those before it move
-    on by one stage.
-    """
-
-    def launch(self, plan: StepPlan | None) -> Any:
-        """Starts a step, or none, and returns at once; what comes back is only for `collect`."""
-        ...
-
-    def collect(self, handle: Any) -> StepResult:
-        """Waits for a step that was launched, at least pp - 1 launches ago."""
-        ...
 
 
 @dataclasses.dataclass

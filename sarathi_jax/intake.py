@@ -9,7 +9,6 @@ import numpy as np
 from sarathi_jax.clock import Clock
 from sarathi_jax.config import CacheConfig, EngineConfig, ModelConfig
 from sarathi_jax.request import MAX_SEED, Request, RequestError, SamplingParams
-from sarathi_jax.sampling import check_vocabulary
 from sarathi_jax.scheduling.base import Scheduler
 
 
@@ -133,3 +132,15 @@ class Intake:
         num_stages = self._config.pp
         num_steps = num_stages + self._config.overlap if params.structured_outputs is not None else num_stages
         return promised_ms / 1000 * num_stages / num_steps
+
+
+def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
+    """Refuses token ids that the model does not have, which would be ignored on the device.
+
+    Raises:
+      RequestError: naming the parameter and the token id.
+    """
+    for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        for token in ids:
+            if token >= vocab_size:
+                raise RequestError(f"{name} names token {token}, but the vocabulary has {vocab_size} tokens")

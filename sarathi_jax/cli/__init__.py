@@ -8,7 +8,19 @@ from types import ModuleType
 
 from absl import flags
 
-from sarathi_jax.cli import bench, calibrate, convert, generate, models, profile, serve, train
+from sarathi_jax.cli import (
+    bench,
+    calibrate,
+    capacity,
+    convert,
+    generate,
+    models,
+    plan,
+    profile,
+    serve,
+    simulate,
+    train,
+)
 from sarathi_jax.cli.fields import UsageError, describe, parse
 
 VERBS: dict[str, ModuleType] = {
@@ -17,6 +29,9 @@ VERBS: dict[str, ModuleType] = {
     "bench": bench,
     "profile": profile,
     "calibrate": calibrate,
+    "simulate": simulate,
+    "capacity": capacity,
+    "plan": plan,
     "models": models,
     "convert": convert,
     "train": train,

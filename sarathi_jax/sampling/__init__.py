@@ -6,7 +6,6 @@ from sarathi_jax.sampling.table import (
     SamplingMirror,
     SamplingParamsArrays,
     SamplingTable,
-    check_vocabulary,
     sampling_shapes,
 )
 
@@ -15,7 +14,6 @@ __all__ = [
     "SamplingMirror",
     "SamplingParamsArrays",
     "SamplingTable",
-    "check_vocabulary",
     "first_argmax",
     "is_argmax",
     "prompt_logprobs",

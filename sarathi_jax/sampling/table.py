@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sarathi_jax.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, RequestError, SamplingParams
+from sarathi_jax.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from sarathi_jax.sequence import Sequence
 
 MAX_EOS_TOKEN_IDS = 16
@@ -177,18 +177,6 @@ def _neutral(vocab_size: int) -> dict[str, np.ndarray]:
     """The values of a row in which nothing runs."""
     values = {name: np.asarray(value) for name, value in _NEUTRAL.items()}
     return values | {"allowed": np.full(-(-vocab_size // 32), _NEUTRAL["allowed"])}
-
-
-def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
-    """Refuses token ids that the model does not have, which would be ignored on the device.
-
-    Raises:
-      RequestError: naming the parameter and the token id.
-    """
-    for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-        for token in ids:
-            if token >= vocab_size:
-                raise RequestError(f"{name} names token {token}, but the vocabulary has {vocab_size} tokens")
 
 
 def _row_values(sequence: Sequence, vocab_size: int) -> dict[str, Any]:

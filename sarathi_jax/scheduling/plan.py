@@ -1,8 +1,9 @@
-"""What a step will do (`StepPlan`), what came of it (`StepResult`), and how many tokens it may hold (`TokenBudget`)."""
+"""What a step will do (`StepPlan`), who does it (`Executor`), what came of it, how much it may hold (`TokenBudget`)."""
 
 import bisect
 import dataclasses
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -253,3 +254,19 @@ class KeepPace:
         pair_s = self._times.bound_s(bucket, 0, num_keys)
         pair_s += self._times.bound_s(decode_bucket, demand.num_decode_keys, 0)
         return (self._num_stages + 1) // 2 * pair_s <= pace_s
+
+
+class Executor(Protocol):
+    """Runs steps in the order in which they are launched.
+
+    With a pipeline of pp stages a step takes pp launches: each lets its own step in, if any, and those before it move
+    on by one stage.
+    """
+
+    def launch(self, plan: StepPlan | None) -> Any:
+        """Starts a step, or none, and returns at once; what comes back is only for `collect`."""
+        ...
+
+    def collect(self, handle: Any) -> StepResult:
+        """Waits for a step that was launched, at least pp - 1 launches ago."""
+        ...

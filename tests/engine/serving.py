@@ -15,14 +15,14 @@ import numpy as np
 
 from sarathi_jax.config import Policy
 from sarathi_jax.engine import Engine
-from sarathi_jax.executor import DeviceExecutor, Executor
+from sarathi_jax.executor import DeviceExecutor
 from sarathi_jax.kv.blocks import BlockPool
 from sarathi_jax.llm import LLM
 from sarathi_jax.request import Logprob, RequestOutput, SamplingParams
 from sarathi_jax.sampling import SamplingTable
 from sarathi_jax.scheduling.base import Scheduler, Sizes
 from sarathi_jax.scheduling.make import scheduler_of
-from sarathi_jax.scheduling.plan import Chooser, StepPlan, StepResult
+from sarathi_jax.scheduling.plan import Chooser, Executor, StepPlan, StepResult
 from sarathi_jax.sequence import Sequence as Sample
 from tests.kv.owners import check_owners
 from tests.tiny_models import write_tiny_model

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sarathi_jax.intake import check_vocabulary
 from sarathi_jax.request import MAX_LOGIT_BIAS, RequestError, SamplingParams
-from sarathi_jax.sampling import SamplingMirror, SamplingTable, check_vocabulary
+from sarathi_jax.sampling import SamplingMirror, SamplingTable
 from tests.sampling.sampling_support import Case, on_device
 
 FULL = SamplingParams(
