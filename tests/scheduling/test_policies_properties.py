@@ -5,7 +5,6 @@ import collections
 import pytest
 from hypothesis import given
 
-from sarathi_jax.config import CHUNKING
 from tests.scheduling.drive import RESERVING, Drive
 from tests.scheduling.random_cases import PIPELINE, cases, cases_of
 
@@ -23,9 +22,7 @@ def test_tight_memory(num_cases, policy, windowed, prefix_caching, stages):
     seen = collections.Counter()
 
     @cases_of(num_cases)
-    @given(
-        cases(slack="tight", windowed=windowed, stages=stages, policy=policy, prefix_caching=prefix_caching)
-    )
+    @given(cases(slack="tight", windowed=windowed, stages=stages, policy=policy, prefix_caching=prefix_caching))
     def check(case):
         drive = Drive(case).run()
         seen["preempting"] += drive.num_preemptions > 0
