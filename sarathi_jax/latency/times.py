@@ -6,6 +6,7 @@ from sarathi_jax.latency.table import LatencyTable
 
 _GAIN = 0.05  # of each new measurement
 _NUM_DEVIATIONS = 2.0
+_FORGOTTEN = 1 / 2000  # of what is known of a bucket, with every step of another one
 _LARGEST_RATIO = 4.0  # counted: one hiccup must not make every later step look slow
 
 
@@ -24,6 +25,11 @@ class _Drift:
         self.deviation += _GAIN * (abs(ratio - self.mean) - self.deviation)
         self.mean += _GAIN * (ratio - self.mean)
 
+    def forget(self, common: "_Drift") -> None:
+        """Comes a little nearer to what all steps have in common."""
+        self.deviation += _FORGOTTEN * (common.deviation - self.deviation)
+        self.mean += _FORGOTTEN * (common.mean - self.mean)
+
 
 class StepTimes:
     """Expected step times, corrected online when measured ones drift from the table.
@@ -31,7 +37,8 @@ class StepTimes:
     The ratio of measured to tabulated times is followed as TCP follows its round trips: a running mean and a running
     mean deviation; of all steps together, and of each bucket. A promise rests on the slower of the two: all steps tell
     soon that the device became slower, but most of them are small, and large ones, in which the prompts are, may be as
-    slow as the table says where small ones are quicker.
+    slow as the table says where small ones are quicker. What is known of a bucket fades while others run, or one that
+    was slow once would never be tried again.
 
     Args:
       table: as measured at start.
@@ -64,3 +71,6 @@ class StepTimes:
         ratio = min(measured_s / self.table.step_s(bucket, num_decode_keys, num_prefill_keys), _LARGEST_RATIO)
         self._of_bucket.setdefault(bucket, dataclasses.replace(self._all)).observe(ratio)
         self._all.observe(ratio)
+        for other, drift in self._of_bucket.items():
+            if other != bucket:
+                drift.forget(self._all)

@@ -46,6 +46,15 @@ def test_large_steps_keep_their_time_where_small_ones_are_quicker():
     assert 0.064 <= times.bound_s(64, 64, 0) < 0.07
 
 
+def test_a_size_that_was_slow_once_is_tried_again():
+    times = StepTimes(table(8, 64))
+    times.observe(64, 64, 0, 0.064 * 4)
+    assert times.bound_s(64, 64, 0) > 0.064 * 1.3
+    for _ in range(5000):
+        times.observe(8, 8, 0, 0.008)
+    assert times.bound_s(64, 64, 0) < 0.064 * 1.05
+
+
 def test_a_slower_device_is_slower_at_every_size():
     times = StepTimes(table(8, 64))
     for _ in range(200):
