@@ -248,12 +248,13 @@ class Scheduler(abc.ABC):
         self._filling.clear()
         live = []
         for seq in self._running:
-            if not seq.is_runnable:
+            if seq.is_runnable:
+                live.append(seq)
+            else:
                 self._tables[seq.seq_id].release()  # its last token is drawn and only waits for its commit
-                continue
-            if self._window is not None:
+        if self._window is not None:
+            for seq in live:
                 self._tables[seq.seq_id].release_before(seq.num_computed - self._window + 1)
-            live.append(seq)
         return live
 
     def _plan_decodes(
@@ -268,10 +269,7 @@ class Scheduler(abc.ABC):
           The chunks and the unfinished prefills that are left.
         """
         chunks, prefills = [], []
-        index = 0
-        while index < len(live):
-            seq = live[index]
-            index += 1
+        for seq in live:  # which gets shorter where somebody is preempted
             if not seq.is_decode:
                 prefills.append(seq)
                 continue
@@ -292,7 +290,7 @@ class Scheduler(abc.ABC):
             else:
                 chunks.append(Chunk(seq.seq_id, start, 1, True))
                 seq.advance(1, True)
-                if not seq.num_computed % self._block_size:
+                if self._prefix_caching and not seq.num_computed % self._block_size:
                     self._filling.append(seq)
         return chunks, prefills
 

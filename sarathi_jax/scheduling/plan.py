@@ -3,15 +3,14 @@
 import bisect
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from sarathi_jax.latency import Backlog, StepTimes, chunk_keys
 
 
-@dataclasses.dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Consecutive tokens of one sequence, computed in one step; a decode is a chunk of length 1.
 
     Attributes:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.scheduling.drive import RESERVING, Case, Drive
 from tests.scheduling.random_cases import PIPELINE, cases, cases_of
 
-FEW = pytest.mark.parametrize("num_cases", [6, pytest.param(150, marks=pytest.mark.slow)])
+FEW = pytest.mark.parametrize("num_cases", [6, pytest.param(40, marks=pytest.mark.slow)])
 # vllm and sarathi have files of their own, the latter but for the chunks that shrink.
 POLICIES = pytest.mark.parametrize(
     "policy", ["sarathi", "orca", "faster_transformer", "chunked_only", "hybrid_only", "fastserve"]
