@@ -128,7 +128,15 @@ def test_a_run_that_was_cut_off_with_most_requests_waiting_is_too_slow():
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"tbt_slo_s": 0}, {"tolerance": 0}, {"guess": -1.0}, {"seeds": ()}, {"seeds": (1, 1)}, {"guess": 9, "highest": 3}],
+    [
+        {"tbt_slo_s": 0},
+        {"step": 1.0},
+        {"tolerance": 0},
+        {"guess": -1.0},
+        {"seeds": ()},
+        {"seeds": (1, 1)},
+        {"guess": 9, "highest": 3},
+    ],
 )
 def test_searches_that_cannot_be(arguments):
     with pytest.raises(CapacityError):
