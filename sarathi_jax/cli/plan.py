@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 
 SUMMARY = "finds the cheapest devices, tp, pp, replicas and budget for a workload and an SLO"
 
-_NUM_REQUESTS, _MAX_NUM_SEQS = 256, 128
+_NUM_REQUESTS, _MOST_REQUESTS, _MAX_NUM_SEQS = 128, 1024, 128
+_SAMPLE = 4096  # of requests, for the mean of their lengths
+_RESOLUTION = 0.1  # of capacities that delays bound, by the number of requests
 _COARSE_TOLERANCE, _LOWEST = 0.25, 1 / 64  # of the first search, and of the rate that it begins with
 _CHOSEN = (
     "device",
@@ -86,7 +88,9 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("num_seeds", 2, "runs at each rate of close searches, pooled.", flag_values=values)
     flags.DEFINE_string("out", None, "folder for plan.json, choices.csv and a picture.", flag_values=values)
     define_workload_flags(values, skip=("rate",))
-    values["num_requests"].help = f"of each run; none: {_NUM_REQUESTS}."
+    values[
+        "num_requests"
+    ].help = f"of each run; none: {_NUM_REQUESTS} to {_MOST_REQUESTS}, more where more are served in a second."
     define_deployment_flags(values, skip=_CHOSEN)
     values["max_num_seqs"].help = f"sequences that may run at once in a replica; without it {_MAX_NUM_SEQS}."
     values["max_num_seqs"].default = None
@@ -112,21 +116,26 @@ def run(values: flags.FlagValues, arguments: Sequence[str]) -> int:
         raise UsageError(f"--policy={engine.policy}: a plan chooses token budgets, which only sarathi has")
     base = Deployment(model, DEVICES[options.devices[0]], engine, host=host_of(values), pads=values.pads)
     workloads = spec.open(engine.max_model_len or model.max_position)
-    print(f"{workloads.number} requests a run, {workloads.source}", file=sys.stderr)
-    demand = Demand.of(workloads.at(1.0, spec.seed).requests(), values.rate, values.slo_ms / 1e3)
+    print(workloads.source, file=sys.stderr)
+    sample = dataclasses.replace(workloads, number=_SAMPLE).at(1.0, spec.seed).requests()
+    demand = Demand.of(sample, values.rate, values.slo_ms / 1e3)
 
     from tqdm import tqdm
 
-    from sarathi_jax.simulate.capacity import find_capacity
+    from sarathi_jax.simulate.capacity import delay_resolution, find_capacity
     from sarathi_jax.simulate.planner import plan
     from sarathi_jax.simulate.probes import simulated
 
     def search(deployment: Deployment, guess: float, closely: bool) -> "Capacity":
         bar.set_postfix_str(_words(deployment))
+        number = workloads.number
+        if values.num_requests is None:
+            number = min(max(number, math.ceil(delay_resolution(guess, 1) / _RESOLUTION)), _MOST_REQUESTS)
         return find_capacity(
-            simulated(deployment, workloads.at),
+            simulated(deployment, dataclasses.replace(workloads, number=number).at),
             tbt_slo_s=demand.tbt_slo_s,
             guess=guess,
+            step=1 + _COARSE_TOLERANCE if closely else 2.0,
             lowest=guess * _LOWEST,
             tolerance=values.tolerance if closely else _COARSE_TOLERANCE,
             seeds=range(spec.seed, spec.seed + values.num_seeds) if closely else (spec.seed,),
@@ -200,7 +209,7 @@ def _table(answer: Plan) -> str:
             about = "" if choice.is_close else "~"
             each, tbt = f"{about}{choice.capacity:.3g}", f"{1e3 * choice.p99_tbt_s:.1f} ms"
             lines.append(f"{choice.cost:9.2f} {choice.replicas:8} {each:>8} {tbt:>10} {mark}{choice.name}")
-        lines.append("(*: none is both cheaper and quicker; ~: searched coarsely, since it cannot be the cheapest)")
+        lines.append("(*: none is both cheaper and quicker; ~: searched coarsely: it would not be cheaper at best)")
     if rejected:
         lines += ["", "rejected:"]
         lines += [f"  {choice.name}: {choice.reason}" for choice in rejected[:_SHOWN]]

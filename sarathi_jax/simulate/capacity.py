@@ -124,6 +124,7 @@ def find_capacity(
     *,
     tbt_slo_s: float,
     guess: float = 1.0,
+    step: float = 2.0,
     tolerance: float = 0.05,
     seeds: Sequence[int] = (0, 1, 2),
     lowest: float | None = None,
@@ -132,7 +133,7 @@ def find_capacity(
 ) -> Capacity:
     """Searches the largest rate at which the promises are kept.
 
-    The first seed finds where to look, by doubling or quartering and then bisection; what counts is found with all of
+    The first seed finds where to look, by large steps and then bisection; what counts is found with all of
     them. Noise that contradicts the first seed moves the bracket until its lower end is kept and its upper end is not.
 
     Args:
@@ -140,6 +141,7 @@ def find_capacity(
         and with more than half of its requests waiting as too slow.
       tbt_slo_s: P99 of the times between tokens.
       guess: rate to begin with.
+      step: factor up from there until the promises break; its square down until they are kept.
       tolerance: of the result: `below` exceeds `rate` by at most this share.
       seeds: of the workload, at least one.
       lowest, highest: rates beyond which nothing is tried; None: a factor of 4096 from `guess`.
@@ -154,11 +156,13 @@ def find_capacity(
     for name, value in (("tbt_slo_s", tbt_slo_s), ("lowest", lowest), ("guess", guess), ("tolerance", tolerance)):
         if not 0 < value < math.inf:
             raise CapacityError(f"{name} must be a number above 0, not {value}")
+    if not 1 < step < math.inf:
+        raise CapacityError(f"step must be a factor above 1, not {step}")
     if not lowest <= guess <= highest:
         raise CapacityError(f"guess={guess} must lie within lowest={lowest} and highest={highest}")
     if not seeds or len(set(seeds)) != len(seeds):
         raise CapacityError(f"seeds must be different numbers, at least one, not {list(seeds)}")
-    low, high = search.bracket(guess, lowest, highest)
+    low, high = search.bracket(guess, step, lowest, highest)
     if low is None or high is None:
         return search.result(low, high)
     low, high = search.bisect(low, high, 1 + _COARSE * tolerance, 1)
@@ -177,14 +181,14 @@ class _Search:
         self._probe, self._tbt_slo_s, self._seeds, self._on_trial = probe, tbt_slo_s, seeds, on_trial
         self._observed: dict[tuple[float, int], _Observed] = {}
 
-    def bracket(self, guess: float, lowest: float, highest: float) -> tuple[float | None, float | None]:
+    def bracket(self, guess: float, step: float, lowest: float, highest: float) -> tuple[float | None, float | None]:
         """A rate that the first seed keeps and one that it breaks; None where there is none."""
         rate, kept = guess, None
         while self._keeps(rate, 1):
             kept = rate
             if rate >= highest or self._observed[rate, self._seeds[0]].is_at_once:
                 return rate, None
-            rate = min(2 * rate, highest)
+            rate = min(step * rate, highest)
         if kept is not None:
             return kept, rate
         # Where every time between tokens is too long, none may be short enough even with nobody else there.
@@ -192,7 +196,7 @@ class _Search:
             return None, lowest
         broken = rate
         while broken > lowest:
-            rate = max(broken / 4, lowest)
+            rate = max(broken / step**2, lowest)
             if self._keeps(rate, 1):
                 return rate, broken
             broken = rate

@@ -154,8 +154,9 @@ class Plan:
     def front(self) -> tuple[Choice, ...]:
         """Possible choices that no other beats in cost and P99 TBT, by rising cost."""
         front: list[Choice] = []
-        for choice in self.choices:
-            if choice.is_possible and not (front and choice.p99_tbt_s >= front[-1].p99_tbt_s):
+        possible = [choice for choice in self.choices if choice.is_possible]
+        for choice in sorted(possible, key=lambda choice: (choice.cost, choice.p99_tbt_s)):
+            if not front or choice.p99_tbt_s < front[-1].p99_tbt_s:
                 front.append(choice)
         return tuple(front)
 

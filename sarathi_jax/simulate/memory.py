@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Iterator
 
 from sarathi_jax.config import CacheConfig, ConfigError, Dtype, EngineConfig, ModelConfig, Quantization
 from sarathi_jax.kv.sizes import DTYPE_BYTES, block_bytes, wanted_cache
@@ -102,17 +103,14 @@ def cache_of(deployment: Deployment) -> CacheConfig:
 
 def splits_that_fit(
     model: ModelConfig, engine: EngineConfig, device: Device, max_stages: int = _MOST_STAGES
-) -> list[tuple[int, int]]:
+) -> Iterator[tuple[int, int]]:
     """(tp, pp) with room for one sequence of `max_model_len`, the fewest devices first, of equals the larger tp."""
     per_seq = wanted_cache(model, dataclasses.replace(engine, num_blocks=None, max_num_seqs=1)).num_blocks
-    splits = itertools.product(TensorSplit.sizes(model), range(1, min(max_stages, model.num_layers) + 1))
-    found = [
-        (tp, pp)
-        for tp, pp in splits
-        if tp <= device.links[-1][0]
-        and _blocks_that_fit(model, dataclasses.replace(engine, tp=tp, pp=pp, pp_layers=None), device) >= per_seq
-    ]
-    return sorted(found, key=lambda split: (split[0] * split[1], split[1]))
+    tps = [tp for tp in TensorSplit.sizes(model) if tp <= device.links[-1][0]]
+    splits = itertools.product(tps, range(1, min(max_stages, model.num_layers) + 1))
+    for tp, pp in sorted(splits, key=lambda split: (split[0] * split[1], split[1])):
+        if _blocks_that_fit(model, dataclasses.replace(engine, tp=tp, pp=pp, pp_layers=None), device) >= per_seq:
+            yield tp, pp
 
 
 def _blocks_that_fit(model: ModelConfig, engine: EngineConfig, device: Device) -> int:
@@ -130,9 +128,9 @@ def _misfit(model: ModelConfig, engine: EngineConfig, device: Device) -> str:
     where = f"a device of stage {stage}" if engine.pp > 1 else "a device"
     hints = []
     for quantization, words in ((engine.quantization, ""), ("w8", " quantization=w8")):
-        splits = splits_that_fit(model, dataclasses.replace(engine, quantization=quantization), device)
-        if splits:
-            hints.append(f"tp={splits[0][0]} pp={splits[0][1]}{words}")
+        split = next(splits_that_fit(model, dataclasses.replace(engine, quantization=quantization), device), None)
+        if split is not None:
+            hints.append(f"tp={split[0]} pp={split[1]}{words}")
         if engine.quantization is not None:
             break
     return (

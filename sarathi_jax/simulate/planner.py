@@ -148,12 +148,14 @@ def _searched(choice: Choice, demand: Demand, options: Options, capacity: Capaci
     """A choice with what a search found."""
     if not capacity.rate:
         return dataclasses.replace(choice, reason=str(capacity))
-    replicas = math.ceil(demand.rate / capacity.rate)
+    # A run that ends hides some of the delay that its last requests would have had.
+    rate = min(capacity.rate, choice.at_most)
+    replicas = math.ceil(demand.rate / rate)
     level = next(level for level in capacity.levels if level.rate >= min(demand.rate / replicas, capacity.rate))
-    reason = _too_many(capacity.rate, "", demand, options) if replicas > options.max_replicas else ""
+    reason = _too_many(rate, "", demand, options) if replicas > options.max_replicas else ""
     return dataclasses.replace(
         choice,
-        capacity=capacity.rate,
+        capacity=rate,
         below=capacity.below,
         replicas=replicas,
         p99_tbt_s=level.p99_tbt_s,

@@ -110,7 +110,7 @@ def test_splits_that_cannot_be(changes, match):
 
 def test_splits_that_fit_begin_with_the_fewest_devices():
     deployment = deployment_of("yi-34b-2xa100")
-    splits = splits_that_fit(deployment.model, deployment.engine, DEVICES["a40"], max_stages=4)
+    splits = list(splits_that_fit(deployment.model, deployment.engine, DEVICES["a40"], max_stages=4))
     assert splits[0] == (2, 1)
     assert (1, 1) not in splits
     assert (4, 2) in splits

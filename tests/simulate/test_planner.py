@@ -127,8 +127,15 @@ def test_the_front_has_what_nothing_beats():
     def choice(cost: float, p99_tbt_s: float, reason: str = "") -> Choice:
         return Choice("a40", 1, 1, 512, cost, 9.0, 1.0, 1.1, 1, p99_tbt_s, reason=reason)
 
-    ranked = (choice(1, 0.1), choice(2, 0.2), choice(3, 0.05), choice(4, 0.05), choice(0.5, 0.01, "broken"))
-    assert Plan(DEMAND, ranked).front == (ranked[0], ranked[2])
+    ranked = (
+        choice(1, 0.2),
+        choice(1, 0.1),
+        choice(2, 0.2),
+        choice(3, 0.05),
+        choice(4, 0.05),
+        choice(0, 0.0, "broken"),
+    )
+    assert Plan(DEMAND, ranked).front == (ranked[1], ranked[3])
 
 
 @pytest.mark.parametrize(
