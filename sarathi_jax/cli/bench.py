@@ -30,6 +30,7 @@ from absl import flags
 
 from sarathi_jax.cli.fields import UsageError
 from sarathi_jax.cli.model_flags import ModelArguments, define_model_flags, model_arguments
+from sarathi_jax.cli.streams import keep_stdout
 from sarathi_jax.cli.workload_flags import NOT_OF_THE_ENGINE, define_workload_flags, workload_spec
 from sarathi_jax.workloads import TimedRequest, Workloads, WorkloadSpec, read_documents, text_prompts
 
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
     from sarathi_jax.tokenizer import Tokenizer
 
 SUMMARY = "serves a workload, here or at a URL, and measures it"
-
-_SKIP = (*NOT_OF_THE_ENGINE, "hosts", "host_id", "coordinator")
 
 
 def define(values: flags.FlagValues) -> None:
@@ -56,14 +55,14 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "served_model", None, "name of its model; without it the first that it lists.", flag_values=values
     )
-    define_model_flags(values, _SKIP)
+    define_model_flags(values, NOT_OF_THE_ENGINE)
 
 
 def run(values: flags.FlagValues, arguments: Sequence[str]) -> int:
     """Measures; returns the exit status."""
     if arguments:
         raise UsageError(f"unexpected {arguments[0]!r}; everything is given by flags")
-    spec, model = workload_spec(values), model_arguments(values, _SKIP)
+    spec, model = workload_spec(values), model_arguments(values, NOT_OF_THE_ENGINE)
     if spec.has_rate and spec.rate is None:
         raise UsageError("--rate is missing: how many requests a second; or say --arrivals static")
     for name in ("time_limit_s", "slo_ms"):
@@ -105,6 +104,8 @@ def _here(
     from sarathi_jax.bench.replay import replay
     from sarathi_jax.llm import LLM
 
+    if model.engine.get("hosts", 1) > 1:
+        keep_stdout()
     with LLM(model.model, dtype=model.dtype, progress=sys.stderr.isatty(), **model.engine) as llm:
         cache = llm.cache_config
         workloads = spec.open(min(cache.max_model_len, cache.num_blocks * cache.block_size))

@@ -17,11 +17,12 @@ from absl import flags
 
 from sarathi_jax.cli.fields import UsageError
 from sarathi_jax.cli.model_flags import define_model_flags, model_arguments
+from sarathi_jax.cli.streams import keep_stdout
 from sarathi_jax.latency import LatencyTable
 
 SUMMARY = "measures the step times of a model on this device"
 
-_SKIP = ("seed", "hosts", "host_id", "coordinator")
+_SKIP = ("seed",)
 
 
 def define(values: flags.FlagValues) -> None:
@@ -46,10 +47,13 @@ def run(values: flags.FlagValues, arguments: Sequence[str]) -> int:
     from sarathi_jax.timing import about_table, measure
 
     progress = sys.stderr.isatty()
+    if model.engine.get("hosts", 1) > 1:
+        keep_stdout()
     loaded = load(model.model, model.dtype, progress, model.engine)
     own, engine, cache = loaded.model_config, loaded.engine_config, loaded.cache_config
     about = about_table(own, engine, cache)
-    table = measure(engine, cache, loaded.replicas[0].runner, own.vocab_size, about=about, progress=progress)
+    runner = loaded.replicas[0].runner
+    table = measure(engine, cache, runner, own.vocab_size, loaded.hosts, about=about, progress=progress)
     out = Path(values.out).expanduser()
     table.save(out)
     print(f"{about['device']}, {loaded.path.name}, {engine.dtype}, {cache.num_blocks} blocks of {cache.block_size}\n")

@@ -13,7 +13,7 @@ from sarathi_jax.config import CacheConfig, EngineConfig
 from sarathi_jax.engine import Engine
 from sarathi_jax.kv.blocks import BlockPool
 from sarathi_jax.replica import Replicas
-from sarathi_jax.request import RequestError
+from sarathi_jax.request import RequestError, SamplingParams
 from sarathi_jax.scheduling.sarathi import SarathiScheduler
 from sarathi_jax.telemetry.report import report, summary, write_run
 from sarathi_jax.workloads import TimedRequest
@@ -70,6 +70,13 @@ def test_requests_come_at_their_times_though_a_step_is_under_way(model):
     assert run.end_s == max(sample.finished_s for sample in run.samples)
     assert run.steps[0][0].scheduled_s >= 0.05
     assert sum(step.num_drawn for step in run.steps[0]) == 20
+
+
+def test_a_request_may_say_when_it_came(model):
+    engine = engine_of(model)
+    before_s = time.monotonic()
+    assert engine.add_request("a", [5], SamplingParams(max_tokens=1), arrival_s=1.5).arrival_s == 1.5
+    assert before_s <= engine.add_request("b", [5], SamplingParams(max_tokens=1)).arrival_s <= time.monotonic()
 
 
 def test_what_has_not_come_when_a_run_is_cut_off_counts_as_waiting(model):

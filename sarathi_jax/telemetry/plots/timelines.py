@@ -60,7 +60,7 @@ def generation_stall(
         curve.legend(loc="lower right")
         curve.set_title(title or f"One answer, token by token (request {chosen}), and its longest waits")
         for axes, name in zip(strips, striped, strict=True):
-            _draw_strip(axes, name, runs[name], shown[name].token_s[0], length_s)
+            _draw_strip(axes, name, _steps_of(runs[name], chosen), shown[name].token_s[0], length_s)
         if strips:
             strips[0].legend(*_kind_legend(strips[0]), loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8)
         grid[-1, 0].set_xlabel("seconds since the answer's first token")
@@ -150,9 +150,14 @@ def _draw_answer(axes: Any, name: str, sample: SampleTimes, style: Mapping[str, 
             )
 
 
-def _draw_strip(axes: Any, name: str, run: Run, begin_s: float, length_s: float) -> None:
-    """The steps of the first replica while the answer came; white where the device had none."""
-    steps = [step for step in run.steps[0] if begin_s <= step.ended_s and step.started_s <= begin_s + 1.02 * length_s]
+def _steps_of(run: Run, request_id: str) -> Sequence[StepRecord]:
+    """Of the replica that served a request."""
+    return next((its for its in run.steps if any(request_id in step.request_ids for step in its)), run.steps[0])
+
+
+def _draw_strip(axes: Any, name: str, steps: Sequence[StepRecord], begin_s: float, length_s: float) -> None:
+    """Steps while the answer came; white where the device had none."""
+    steps = [step for step in steps if begin_s <= step.ended_s and step.started_s <= begin_s + 1.02 * length_s]
     spans = _joined(steps)
     for kind, colour in _KIND_COLOURS.items():
         bars = [(start_s - begin_s, end_s - start_s) for its, start_s, end_s in spans if its == kind]
