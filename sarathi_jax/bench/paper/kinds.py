@@ -3,11 +3,27 @@
 from pathlib import Path
 from typing import Any, Protocol
 
-from sarathi_jax.bench.paper import intensity
+from sarathi_jax.bench.paper import (
+    ablation,
+    batch_throughput,
+    chunking_overhead,
+    hybrid_iteration,
+    intensity,
+    pipeline,
+    tile_quantisation,
+)
 from sarathi_jax.bench.paper.experiment import Experiment, ExperimentError, Options, Section, read_experiment
 from sarathi_jax.resources import config_names, config_path
 
-KINDS = ("intensity",)
+KINDS = (
+    "ablation",
+    "batch_throughput",
+    "chunking_overhead",
+    "hybrid_iteration",
+    "intensity",
+    "pipeline",
+    "tile_quantisation",
+)
 
 
 class Kind(Protocol):
@@ -33,8 +49,20 @@ def module_of(kind: str) -> Any:
       ExperimentError: there is none.
     """
     match kind:
+        case "ablation":
+            return ablation
+        case "batch_throughput":
+            return batch_throughput
+        case "chunking_overhead":
+            return chunking_overhead
+        case "hybrid_iteration":
+            return hybrid_iteration
         case "intensity":
             return intensity
+        case "pipeline":
+            return pipeline
+        case "tile_quantisation":
+            return tile_quantisation
         case _:
             raise ExperimentError(f"kind {kind!r} is none of {', '.join(KINDS)}")
 
