@@ -1,19 +1,25 @@
-"""The paper's deployments in simulation."""
+"""The paper's deployments and traces in simulation."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, Literal
 
 from sarathi_jax.config import EngineConfig, ModelConfig
 from sarathi_jax.deployment import load_deployment
-from sarathi_jax.latency import DEVICES, PUBLISHED_STACK
+from sarathi_jax.latency import DEVICES, PUBLISHED_STACK, HostTerm
 from sarathi_jax.latency.devices import NVSWITCH
 from sarathi_jax.simulate import Deployment
 from sarathi_jax.weights.directory import load_model_yaml
-from sarathi_jax.workloads import ARXIV, CHAT, LengthQuantiles
+from sarathi_jax.workloads import ARXIV, CHAT, LengthQuantiles, TimedRequest, Workload, poisson, synthesise
 
-Stack = Literal["ours", "published"]
+Stack = Literal["ours", "published", "published_free_sequences"]
 Trace = Literal["chat", "arxiv"]
+STACKS: dict[Stack, HostTerm | None] = {
+    "ours": None,
+    "published": PUBLISHED_STACK,
+    "published_free_sequences": dataclasses.replace(PUBLISHED_STACK, sequence_s=0.0),
+}
 TRACES: dict[str, LengthQuantiles] = {"chat": CHAT, "arxiv": ARXIV}
 
 
@@ -26,7 +32,8 @@ class DeploymentSettings:
       device: of `DEVICES`.
       context: longest prompt and output together. Above what the model was trained for the model is taken as if it had
         been trained for it, as the paper did with Yi-34B; times know nothing of a model's quality.
-      stack: ``published``: with the host term of the stack that the paper measured; ``ours``: without.
+      stack: ``published``: with the host term of the stack that the paper measured; ``published_free_sequences``:
+        with that term but for what it adds for each sequence of a step; ``ours``: without.
       pads: a step takes the time of its compiled size; False: of its tokens, as the paper's eager stack does.
       nvswitch: joins the devices of a stage; False: as `DEVICES` has it.
       engine: fields of `EngineConfig` in place of the deployment's.
@@ -65,10 +72,16 @@ class DeploymentSettings:
             model,
             DEVICES[self.device],
             config,
-            host=PUBLISHED_STACK if self.stack == "published" else None,
+            host=STACKS[self.stack],
             pads=self.pads,
             tp_link=NVSWITCH if self.nvswitch else None,
         )
+
+
+def requests(trace: Trace, rate: float, number: int, seed: int) -> list[TimedRequest]:
+    """Requests with the lengths of a trace, drawn from its published quantiles, that arrive as a Poisson process."""
+    draw = functools.partial(synthesise, TRACES[trace])
+    return Workload(draw, functools.partial(poisson, rate), number, seed).requests()
 
 
 def _model(path: Path, context: int) -> ModelConfig:

@@ -28,6 +28,7 @@ class Experiment:
       kind: which module runs it, see `kinds`.
       asks: what it is about, and what the paper shows, in a few sentences.
       settings, paper: what is run, the paper's numbers; see `Settings` and `Paper` of the kind.
+      notes: Markdown by whoever looked at the results: why ours and the paper's differ.
       path: of the file.
     """
 
@@ -37,6 +38,7 @@ class Experiment:
     asks: str
     settings: Mapping[str, Any]
     paper: Mapping[str, Any]
+    notes: str
     path: Path
 
     def settings_as[T](self, wanted: type[T]) -> T:
@@ -97,6 +99,7 @@ class _Document:
     asks: str
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     paper: dict[str, Any] = dataclasses.field(default_factory=dict)
+    notes: str = ""
 
 
 def read_experiment(path: Path) -> Experiment:
@@ -110,7 +113,8 @@ def read_experiment(path: Path) -> Experiment:
     except ConfigError as error:
         raise ExperimentError(str(error)) from None
     read = read_fields(_Document, document, str(path))
-    return Experiment(path.stem, read.title, read.kind, " ".join(read.asks.split()), read.settings, read.paper, path)
+    asks = " ".join(read.asks.split())
+    return Experiment(path.stem, read.title, read.kind, asks, read.settings, read.paper, read.notes.strip(), path)
 
 
 def read_fields[T](wanted: type[T], fields: Any, where: str) -> T:

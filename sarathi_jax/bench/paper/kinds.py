@@ -3,11 +3,33 @@
 from pathlib import Path
 from typing import Any, Protocol
 
-from sarathi_jax.bench.paper import capacity, intensity, slo, tradeoff
+from sarathi_jax.bench.paper import (
+    ablation,
+    batch_throughput,
+    capacity,
+    chunking_overhead,
+    hybrid_iteration,
+    intensity,
+    pipeline,
+    slo,
+    tile_quantisation,
+    tradeoff,
+)
 from sarathi_jax.bench.paper.experiment import Experiment, ExperimentError, Options, Section, read_experiment
 from sarathi_jax.resources import config_names, config_path
 
-KINDS = ("capacity", "intensity", "slo", "tradeoff")
+KINDS = (
+    "ablation",
+    "batch_throughput",
+    "capacity",
+    "chunking_overhead",
+    "hybrid_iteration",
+    "intensity",
+    "pipeline",
+    "slo",
+    "tile_quantisation",
+    "tradeoff",
+)
 
 
 class Kind(Protocol):
@@ -33,12 +55,24 @@ def module_of(kind: str) -> Any:
       ExperimentError: there is none.
     """
     match kind:
+        case "ablation":
+            return ablation
+        case "batch_throughput":
+            return batch_throughput
         case "capacity":
             return capacity
+        case "chunking_overhead":
+            return chunking_overhead
+        case "hybrid_iteration":
+            return hybrid_iteration
         case "intensity":
             return intensity
+        case "pipeline":
+            return pipeline
         case "slo":
             return slo
+        case "tile_quantisation":
+            return tile_quantisation
         case "tradeoff":
             return tradeoff
         case _:

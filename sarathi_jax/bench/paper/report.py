@@ -46,6 +46,7 @@ def write_page(experiment: Experiment, section: Section, folder: Path, options: 
         experiment.asks,
         *(f"![{path.stem}]({path.name})" for path in pictures),
         section.text.strip(),
+        *([f"## What we make of it\n\n{experiment.notes}"] if experiment.notes and not options.quick else []),
         *(["Numbers: " + ", ".join(f"[{path.name}]({path.name})" for path in tables)] if tables else []),
         f"## Settings\n\n```yaml\n{settings}```",
         f'Made by `make paper ARGS="{flags}"`.',
