@@ -23,9 +23,8 @@ def test_simulate_tells_and_writes_a_run(tmp_path, capsys):
     assert "50 ms between tokens" in told.out
     assert "1 x a100-80gb: dp=1 tp=1 pp=1" in told.err
     assert len(list(csv.DictReader((tmp_path / "samples.csv").open()))) == 12
-    first = (tmp_path / "samples.csv").read_bytes()
-    assert run("simulate", *MISTRAL, *FEW, "--rate=5", f"--out={tmp_path}") == 0
-    assert (tmp_path / "samples.csv").read_bytes() == first
+    assert run("simulate", *MISTRAL, *FEW, "--rate=5", "--slo_ms=50") == 0
+    assert capsys.readouterr().out == told.out.partition("\nwritten to")[0]
 
 
 def test_capacity_tells_and_writes_a_search(tmp_path, capsys):
