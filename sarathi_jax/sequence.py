@@ -26,6 +26,8 @@ class Sequence:
       request: what was asked.
       index: which of the request's ``n`` samples.
       tokens: prompt and output known on the host.
+      num_prompt, num_tokens: of the prompt; of prompt and output, those in flight included.
+      max_tokens: most tokens of prompt and output.
       num_computed: leading tokens whose keys and values are in the cache once every launched step has ended.
       num_in_flight: tokens drawn on the device and not committed here yet (0 or 1).
       row: the device row that holds this sequence's newest token while it runs; None while it waits.
@@ -40,6 +42,8 @@ class Sequence:
         self.index = index
         self.tokens = list(request.prompt_token_ids)
         self.num_prompt = len(self.tokens)
+        self.num_tokens = self.num_prompt
+        self.max_tokens = self.num_prompt + request.max_tokens
         self.num_computed = 0
         self.num_in_flight = 0
         self.row: int | None = None
@@ -48,6 +52,7 @@ class Sequence:
         self.allowed: np.ndarray | None = None
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
+        self._is_guided = request.params.structured_outputs is not None
 
     def __repr__(self) -> str:
         return (
@@ -59,11 +64,6 @@ class Sequence:
     def rank(self) -> tuple[int, int]:
         """Who is less goes first: by the request's priority, then by arrival."""
         return self.request.priority, self.seq_id
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt and output, those in flight included."""
-        return len(self.tokens) + self.num_in_flight
 
     @property
     def num_output(self) -> int:
@@ -81,23 +81,24 @@ class Sequence:
     @property
     def is_decode(self) -> bool:
         """Only the newest token is left to compute and it is an output (a prompt's last token is prefill work)."""
-        return self.num_uncomputed == 1 and self.num_output > 0
+        return self.num_tokens - self.num_computed == 1 and self.num_tokens > self.num_prompt
 
     @property
     def is_held(self) -> bool:
         """Its next token depends on one that is in flight in a way that only the host can work out (a grammar), so no
         step may draw it before that one is committed."""
-        return self.request.params.structured_outputs is not None and self.num_in_flight > 0
+        return self._is_guided and self.num_in_flight > 0
 
     @property
     def is_runnable(self) -> bool:
         """Whether a further token may be drawn; false once the tokens in flight reach the limit."""
-        return self.status is not Status.FINISHED and self.num_output < self.request.max_tokens
+        return self.num_tokens < self.max_tokens and self.status is not Status.FINISHED
 
     def advance(self, length: int, samples: bool) -> None:
         """Records that a step with the next `length` tokens is being launched."""
         self.num_computed += length
         self.num_in_flight += samples
+        self.num_tokens += samples
 
     def commit(self, token: int) -> None:
         """Makes the oldest token in flight known to the host."""

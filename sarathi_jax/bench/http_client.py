@@ -88,6 +88,8 @@ async def stream(
                     return answer
     except (TimeoutError, aiohttp.ClientError, ConnectionError) as error:
         answer.error = f"{type(error).__name__}: {error}"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        answer.error = f"no stream of completions as OpenAI's API has them: {type(error).__name__}: {error}"
     return answer
 
 

@@ -19,6 +19,7 @@ Prompts are random tokens, or pieces of the text files of a folder:
 Without the file of a trace its published quantiles serve, and the first line says so.
 """
 
+import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
@@ -122,7 +123,8 @@ def _here(
             limit_s=values.time_limit_s,
             progress=sys.stderr.isatty(),
         )
-        about = {"name": llm.engine_config.policy, "model": repr(llm), **_about(workloads, spec)}
+        settings = dataclasses.asdict(llm.engine_config)
+        about = {"name": settings["policy"], "model": repr(llm), **_about(workloads, spec), "engine": settings}
     return measured, about
 
 

@@ -7,8 +7,10 @@ or the layout of vidur's profiles (num_tokens, time_stats.<kernel>.median, ...),
   PROGRAM calibrate --products mine.csv --device h100 --name my-h100 --out my-h100.yaml
   PROGRAM calibrate --products llama.csv --products codellama.csv --device a100-80gb --out a100.yaml
 
+Kernels that only move bytes (norms, activations) are fitted where the file has them: vidur's layout does.
+
 --device is where the fit starts: a known device or such a file; its peaks, memory and links are kept unless flags say
-otherwise. Times of messages fit the links, columns bytes,ms:
+otherwise. Times of messages fit the links, columns bytes,ms, or vidur's layout:
   PROGRAM calibrate --device a100.yaml --all_reduce nvlink.csv --num_devices 4 --out a100.yaml
 
 The file goes to a simulation: PROGRAM simulate --device my-h100.yaml
@@ -30,6 +32,7 @@ from sarathi_jax.latency.fit import (
     fit_link,
     layer_errors,
     read_layer_times,
+    read_messages,
     read_products,
     read_sizes,
     stack_gemms,
@@ -45,6 +48,9 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string("products", None, "CSV file of kernel times; may be repeated", flag_values=values)
     flags.DEFINE_string("all_reduce", None, "CSV file of sums over devices: bytes,ms.", flag_values=values)
     flags.DEFINE_integer("num_devices", None, "that took part in --all_reduce.", flag_values=values)
+    flags.DEFINE_integer(
+        "devices_per_node", None, "of the times to take from files in vidur's layout.", flag_values=values
+    )
     flags.DEFINE_string("send", None, "CSV file of messages from one device to another: bytes,ms.", flag_values=values)
     flags.DEFINE_string("device", None, "known device, or file, that the fit starts from.", flag_values=values)
     flags.DEFINE_string("name", None, "of the result; without it as --device.", flag_values=values)
@@ -71,14 +77,15 @@ def run(values: flags.FlagValues, arguments: Sequence[str]) -> int:
         times = _layer_times([Path(name).expanduser() for name in values.products])
         device = dataclasses.replace(device, kernels=fit_kernels(times, device), fitted=True)
         print(f"{device.kernels}\n\n{error_text(times, device)}")
-    if values.all_reduce:
-        messages, number = read_sizes(Path(values.all_reduce).expanduser()), int(values.num_devices)
+    if values.all_reduce is not None and values.num_devices is not None:
+        number = values.num_devices
+        messages = _messages(Path(values.all_reduce).expanduser(), number, values.devices_per_node or number)
         link = fit_link(messages, number)
         device = dataclasses.replace(device, links=_with_link(device, number, link))
         predicted = [link.all_reduce_s(num_bytes, number) for num_bytes, _ in messages]
         print(f"sum over {number} devices: {link}; {_mean_error(predicted, messages)}")
-    if values.send:
-        messages = read_sizes(Path(values.send).expanduser())
+    if values.send is not None:
+        messages = _messages(Path(values.send).expanduser(), 2, values.devices_per_node or 2)
         device = dataclasses.replace(device, send=fit_link(messages))
         predicted = [device.send.send_s(num_bytes) for num_bytes, _ in messages]
         print(f"send: {device.send}; {_mean_error(predicted, messages)}")
@@ -124,15 +131,23 @@ def _started(values: flags.FlagValues) -> Device:
 
 
 def _layer_times(paths: Sequence[Path]) -> list[LayerTime]:
-    """Of files of one layout, told by their first line."""
+    """Of files of one layout."""
     times: list[LayerTime] = []
     for path in paths:
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
-            columns = {name.strip() for name in file.readline().split(",")}
-        times += read_products(path) if {"m", "k", "n", "ms"} <= columns else read_layer_times(path)
+        times += read_products(path) if "ms" in _columns(path) else read_layer_times(path)
     if len({len(time.gemms) for time in times}) > 1:
         raise FitError("--products: times of single products and of layers cannot go into one fit")
     return times
+
+
+def _messages(path: Path, num_devices: int, devices_per_node: int) -> list[tuple[float, float]]:
+    return read_sizes(path) if "ms" in _columns(path) else read_messages(path, num_devices, devices_per_node)
+
+
+def _columns(path: Path) -> set[str]:
+    """Of a CSV file, by which its layout is told."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        return {name.strip() for name in file.readline().split(",")}
 
 
 def _with_link(device: Device, num_devices: int, link: Link) -> tuple[tuple[int, Link], ...]:

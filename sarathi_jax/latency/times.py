@@ -1,17 +1,44 @@
 """`StepTimes`: what steps take now: the table, corrected by what was measured since."""
 
+import dataclasses
+
 from sarathi_jax.latency.table import LatencyTable
 
 _GAIN = 0.05  # of each new measurement
 _NUM_DEVIATIONS = 2.0
+_FORGOTTEN = 1 / 2000  # of what is known of a bucket, with every step of another one
 _LARGEST_RATIO = 4.0  # counted: one hiccup must not make every later step look slow
+
+
+@dataclasses.dataclass
+class _Drift:
+    """Running mean of the ratios of measured to tabulated times, and of how far they lie from it."""
+
+    mean: float = 1.0
+    deviation: float = 0.05
+
+    @property
+    def bound(self) -> float:
+        return self.mean + _NUM_DEVIATIONS * self.deviation
+
+    def observe(self, ratio: float) -> None:
+        self.deviation += _GAIN * (abs(ratio - self.mean) - self.deviation)
+        self.mean += _GAIN * (ratio - self.mean)
+
+    def forget(self, common: "_Drift") -> None:
+        """Comes a little nearer to what all steps have in common."""
+        self.deviation += _FORGOTTEN * (common.deviation - self.deviation)
+        self.mean += _FORGOTTEN * (common.mean - self.mean)
 
 
 class StepTimes:
     """Expected step times, corrected online when measured ones drift from the table.
 
     The ratio of measured to tabulated times is followed as TCP follows its round trips: a running mean and a running
-    mean deviation.
+    mean deviation; of all steps together, and of each bucket. A promise rests on the slower of the two: all steps tell
+    soon that the device became slower, but most of them are small, and large ones, in which the prompts are, may be as
+    slow as the table says where small ones are quicker. What is known of a bucket fades while others run, or one that
+    was slow once would never be tried again.
 
     Args:
       table: as measured at start.
@@ -19,28 +46,31 @@ class StepTimes:
 
     def __init__(self, table: LatencyTable):
         self.table = table
-        self._mean = 1.0
-        self._deviation = 0.05
+        self._all = _Drift()
+        self._of_bucket = dict[int, _Drift]()  # of those that ran
 
     def __repr__(self) -> str:
-        return f"StepTimes({self.table}, x {self._mean:.2f} +- {self._deviation:.2f})"
+        return f"StepTimes({self.table}, x {self._all.mean:.2f} +- {self._all.deviation:.2f})"
 
     @property
     def drift(self) -> float:
         """How many times as long as in the table steps take now."""
-        return self._mean
+        return self._all.mean
 
     def expected_s(self, bucket: int, num_decode_keys: int, num_prefill_keys: int) -> float:
         """What such a step takes on average; arguments as of `LatencyTable.step_s`."""
-        return self._mean * self.table.step_s(bucket, num_decode_keys, num_prefill_keys)
+        return self._all.mean * self.table.step_s(bucket, num_decode_keys, num_prefill_keys)
 
     def bound_s(self, bucket: int, num_decode_keys: int, num_prefill_keys: int) -> float:
         """What such a step seldom exceeds: what a promise can rest on."""
-        factor = self._mean + _NUM_DEVIATIONS * self._deviation
+        factor = max(self._all.bound, self._of_bucket.get(bucket, self._all).bound)
         return factor * self.table.step_s(bucket, num_decode_keys, num_prefill_keys)
 
     def observe(self, bucket: int, num_decode_keys: int, num_prefill_keys: int, measured_s: float) -> None:
         """Learns from a step that ran."""
         ratio = min(measured_s / self.table.step_s(bucket, num_decode_keys, num_prefill_keys), _LARGEST_RATIO)
-        self._deviation += _GAIN * (abs(ratio - self._mean) - self._deviation)
-        self._mean += _GAIN * (ratio - self._mean)
+        self._of_bucket.setdefault(bucket, dataclasses.replace(self._all)).observe(ratio)
+        self._all.observe(ratio)
+        for other, drift in self._of_bucket.items():
+            if other != bucket:
+                drift.forget(self._all)

@@ -248,12 +248,13 @@ class Scheduler(abc.ABC):
         self._filling.clear()
         live = []
         for seq in self._running:
-            if not seq.is_runnable:
+            if seq.is_runnable:
+                live.append(seq)
+            else:
                 self._tables[seq.seq_id].release()  # its last token is drawn and only waits for its commit
-                continue
-            if self._window is not None:
+        if self._window is not None:
+            for seq in live:
                 self._tables[seq.seq_id].release_before(seq.num_computed - self._window + 1)
-            live.append(seq)
         return live
 
     def _plan_decodes(
@@ -268,10 +269,7 @@ class Scheduler(abc.ABC):
           The chunks and the unfinished prefills that are left.
         """
         chunks, prefills = [], []
-        index = 0
-        while index < len(live):
-            seq = live[index]
-            index += 1
+        for seq in live:  # which gets shorter where somebody is preempted
             if not seq.is_decode:
                 prefills.append(seq)
                 continue
@@ -292,7 +290,7 @@ class Scheduler(abc.ABC):
             else:
                 chunks.append(Chunk(seq.seq_id, start, 1, True))
                 seq.advance(1, True)
-                if not seq.num_computed % self._block_size:
+                if self._prefix_caching and not seq.num_computed % self._block_size:
                     self._filling.append(seq)
         return chunks, prefills
 
@@ -305,23 +303,32 @@ class Scheduler(abc.ABC):
         Cached blocks that a sequence finds here count as free ones that it takes, and `BlockPool.find` puts them last
         in the order of eviction, so they are still there when it starts in the same step.
         """
-        num_spare = self._pool.num_free - sum(self._blocks_missing(seq) for seq in prefills)
-        if self._window is not None:
-            num_spare -= self._pool.num_shared  # once it left one's window, a shared block is no gain
+        num_spare = self._num_spare(prefills)
         num_rows = self._max_running - len(self._running)
         for index, seq in enumerate(self._waiting):
             # A preempted sequence's token in flight lives in a row that it lost: wait until the host knows it.
             if index == num_rows or seq.num_in_flight:
                 return
-            prefix = self._prefix(seq)
-            num_blocks = self.max_blocks(seq.num_tokens)
-            if self._window is None:
-                num_blocks -= sum(self._pool.num_owners(block_id) > 0 for block_id in prefix.ids)
+            num_blocks, start = self._blocks_to_start(seq)
             is_alone = not self._running and index == 0
             if num_spare < num_blocks + (0 if is_alone else self._watermark):
                 return
             num_spare -= num_blocks
-            yield seq, prefix.num_blocks * self._block_size
+            yield seq, start
+
+    def _num_spare(self, prefills: Seq[Sequence]) -> int:
+        """Blocks that are free beside what the prefills that run still need."""
+        num_spare = self._pool.num_free - sum(self._blocks_missing(seq) for seq in prefills)
+        # Once it left one's window, a shared block is no gain.
+        return num_spare if self._window is None else num_spare - self._pool.num_shared
+
+    def _blocks_to_start(self, seq: Sequence) -> tuple[int, int]:
+        """Blocks that a waiting sequence takes from the pool for its known tokens, and how many it starts behind."""
+        prefix = self._prefix(seq)
+        num_blocks = self.max_blocks(seq.num_tokens)
+        if self._window is None:
+            num_blocks -= sum(self._pool.num_owners(block_id) > 0 for block_id in prefix.ids)
+        return num_blocks, prefix.num_blocks * self._block_size
 
     def _whole_newcomers(
         self, prefills: Seq[Sequence], num_tokens: int, most: int | None = None
@@ -332,15 +339,16 @@ class Scheduler(abc.ABC):
         A preempted one may have outgrown the largest bucket since. It starts first and alone, and runs in pieces.
 
         Args:
-          prefills: that run.
-          num_tokens: room in the step.
+          prefills: that run, and go before them.
+          num_tokens: room in the step for all these.
           most: sequences that may start; None: as many as find rows.
         """
+        num_tokens -= sum(seq.num_uncomputed for seq in prefills)
         newcomers = []
         for seq, start in self._affordable(prefills):
             length = seq.num_tokens - start
             is_too_long = length > self._buckets[-1] and not prefills and not newcomers
-            if not num_tokens or len(newcomers) == most or not (length <= num_tokens or is_too_long):
+            if num_tokens <= 0 or len(newcomers) == most or not (length <= num_tokens or is_too_long):
                 break
             num_tokens -= min(length, num_tokens)
             newcomers.append((seq, start))

@@ -41,12 +41,13 @@ class ChunkingScheduler(Scheduler):
         """The waiting sequences that could start now, as far as pp steps can use them."""
         if not self._waiting:
             return []
-        num_tokens = self._num_stages * self._buckets[-1] - num_decodes - sum(seq.num_uncomputed for seq in prefills)
+        num_tokens = self._num_stages * self._buckets[-1] - num_decodes
+        num_tokens -= sum(self._capped(seq.num_computed, seq.num_uncomputed) for seq in prefills)
         newcomers = []
         for seq, start in self._affordable(prefills):
             if num_tokens <= 0:
                 break
-            num_tokens -= seq.num_tokens - start
+            num_tokens -= self._capped(start, seq.num_tokens - start)
             newcomers.append((seq, start))
         return newcomers
 
@@ -54,9 +55,7 @@ class ChunkingScheduler(Scheduler):
         """What they could compute now, each by itself: tokens in the cache, and tokens."""
         wanted = [(seq.num_computed, self._room(seq)) for seq in prefills]
         wanted += [(start, seq.num_tokens - start) for seq, start in newcomers]
-        if self._chunk_schedule is None:
-            return wanted
-        return [(start, min(length, self._chunk_schedule(start))) for start, length in wanted]
+        return [(start, self._capped(start, length)) for start, length in wanted]
 
     def _tightest_pace_s(self, live: Seq[Sequence]) -> float | None:
         """The least that any running decode was promised."""
@@ -75,6 +74,10 @@ class ChunkingScheduler(Scheduler):
             self._admit(seq)
             self._plan_prefill(seq, budget, chunks, most)
         return chunks
+
+    def _capped(self, start: int, length: int) -> int:
+        """What of so many tokens behind `start` a step may hold."""
+        return length if self._chunk_schedule is None else min(length, self._chunk_schedule(start))
 
     def _most(self, start: int) -> int | None:
         return None if self._chunk_schedule is None else self._chunk_schedule(start)

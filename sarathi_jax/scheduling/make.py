@@ -6,6 +6,7 @@ from sarathi_jax.latency import StepTimes
 from sarathi_jax.scheduling.base import Scheduler, Sizes
 from sarathi_jax.scheduling.chunked_only import ChunkedOnlyScheduler
 from sarathi_jax.scheduling.faster_transformer import FasterTransformerScheduler
+from sarathi_jax.scheduling.fastserve import FastServeScheduler
 from sarathi_jax.scheduling.orca import OrcaScheduler
 from sarathi_jax.scheduling.plan import Chooser, ChunkSchedule, KeepPace
 from sarathi_jax.scheduling.sarathi import SarathiScheduler
@@ -21,8 +22,8 @@ def make_scheduler(
       model: whose window decides which blocks are freed early.
       engine: the policy and its settings.
       cache: the pool's size.
-      times: of the steps, to keep the times that requests are promised (anything with the methods of `StepTimes`
-        serves); None: none are promised.
+      times: of the steps (anything with the methods of `StepTimes` serves), to keep what requests are promised, and as
+        the unit of work of ``fastserve``; None: nothing is promised, and work is counted in tokens.
     """
     sizes: Sizes = {
         "block_size": cache.block_size,
@@ -35,7 +36,7 @@ def make_scheduler(
     }
     chooser = None if times is None else KeepPace(times, engine.buckets, engine.pp)
     chunks = None if engine.chunk_schedule is None else ChunkSchedule(*engine.chunk_schedule)
-    return scheduler_of(engine.policy, BlockPool(cache.num_blocks), sizes, chooser, chunks)
+    return scheduler_of(engine.policy, BlockPool(cache.num_blocks), sizes, chooser, chunks, times)
 
 
 def scheduler_of(
@@ -44,6 +45,7 @@ def scheduler_of(
     sizes: Sizes,
     chooser: Chooser | None = None,
     chunk_schedule: ChunkSchedule | None = None,
+    times: StepTimes | None = None,
 ) -> Scheduler:
     """A scheduler around any pool.
 
@@ -51,6 +53,7 @@ def scheduler_of(
       policy: as in `EngineConfig`.
       pool, sizes: as in `Scheduler`.
       chooser, chunk_schedule: as in `ChunkingScheduler`; other policies have no use for them.
+      times: as in `FastServeScheduler`; others have no use for them.
     """
     match policy:
         case "sarathi":
@@ -66,4 +69,4 @@ def scheduler_of(
         case "faster_transformer":
             return FasterTransformerScheduler(pool, **sizes)
         case "fastserve":
-            raise NotImplementedError("fastserve")
+            return FastServeScheduler(pool, times=times, **sizes)

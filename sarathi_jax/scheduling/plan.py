@@ -3,15 +3,14 @@
 import bisect
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from sarathi_jax.latency import Backlog, StepTimes, chunk_keys
 
 
-@dataclasses.dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Consecutive tokens of one sequence, computed in one step; a decode is a chunk of length 1.
 
     Attributes:
@@ -245,6 +244,8 @@ class KeepPace:
             length = min(left, num_tokens)
             num_keys += chunk_keys(start, length)
             left -= length
+            if not left:
+                break
         if not demand.alternates:
             return self._num_stages * self._times.bound_s(bucket, demand.num_decode_keys, num_keys) <= pace_s
         # A step of prompts and one of decodes, as often as it takes a token to come round and find one of decodes.

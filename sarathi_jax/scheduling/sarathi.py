@@ -84,8 +84,8 @@ class SarathiScheduler(ChunkingScheduler):
     ) -> None:
         """Sets the token limit of the next pp micro-batches, among which the prompts are shared out."""
         self._num_following = self._num_stages
-        if not self._cuts_prompts:
-            self._limit = self._buckets[-1]
+        if not self._cuts_prompts or (self._num_stages == 1 and not prefills):
+            self._limit = self._buckets[-1]  # prompts are not cut, or there are none
             return
         num_decodes = len(decodes) if self._num_stages == 1 else largest_share
         num_keys = sum(chunk.start + 1 for chunk in decodes) * num_decodes // max(1, len(decodes))

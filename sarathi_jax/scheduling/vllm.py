@@ -46,10 +46,10 @@ class VllmScheduler(Scheduler):
         """Plans the prompts that start now, after what is left of one that is computed in pieces."""
         prefills = [seq for seq in live if not seq.is_decode]
         budget, chunks = TokenBudget(self._buckets[-1]), []
-        for seq in prefills:
-            self._plan_prefill(seq, budget, chunks)
         num_places = self._turns.num_places(min(self._max_running, self.num_running + self.num_waiting))
         newcomers = [seq for seq, _ in self._whole_newcomers(prefills, budget.left, num_places)]
+        for seq in prefills:
+            self._plan_prefill(seq, budget, chunks)
         for seq in newcomers:
             self._admit(seq)
             self._plan_prefill(seq, budget, chunks)

@@ -52,7 +52,7 @@ def summary(run: Run) -> dict[str, Any]:
 
     A quantile beyond what anybody waited, or of nothing, is null.
     """
-    ended = sum(sample.finished_s is not None for sample in run.samples)
+    ended = sum(sample.finished_s is not None and sample.finished_s <= run.end_s for sample in run.samples)
     given_up = sum(sample.given_up_s is not None for sample in run.samples)
     return {
         "seconds": run.end_s,

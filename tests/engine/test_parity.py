@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from sarathi_jax.config import POLICIES, Policy
 from sarathi_jax.request import SamplingParams
 from tests.engine.serving import TOP, Ask, Parity, Served, at_most, build, drawn, greedy, prompt_of, random_limit
 
@@ -79,6 +80,18 @@ def test_preempted_in_the_middle_of_a_prompt(served: Served, parity: Parity):
     outputs = bench.run(PRESSED + CROWD[:3])
     assert sum(output.metrics.num_preemptions for output in outputs) >= 3
     parity.check(outputs, served.alone(PRESSED + CROWD[:3]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("policy", POLICIES[1:])
+def test_every_policy_as_sarathi(decoder: Served, parity: Parity, policy: Policy, overlap: bool):
+    """In memory that makes those preempt that ever do."""
+    for num_blocks in (14, 40):
+        asks = CROWD if num_blocks == 40 else PRESSED
+        parity.check(
+            decoder.bench(policy=policy, overlap=overlap, num_blocks=num_blocks).run(asks), decoder.alone(asks)
+        )
 
 
 @pytest.mark.parametrize("buckets", [(64,), (4, 64), (16,), (4,)])

@@ -37,6 +37,31 @@ def test_one_hiccup_counts_little():
     assert times.bound_s(8, 8, 0) < 0.008 * 2
 
 
+def test_large_steps_keep_their_time_where_small_ones_are_quicker():
+    times = StepTimes(table(8, 64))
+    for i in range(400):
+        bucket = 64 if i % 10 == 0 else 8
+        times.observe(bucket, bucket, 0, (0.064 if bucket == 64 else 0.004))
+    assert times.drift < 0.7
+    assert 0.064 <= times.bound_s(64, 64, 0) < 0.07
+
+
+def test_a_size_that_was_slow_once_is_tried_again():
+    times = StepTimes(table(8, 64))
+    times.observe(64, 64, 0, 0.064 * 4)
+    assert times.bound_s(64, 64, 0) > 0.064 * 1.3
+    for _ in range(5000):
+        times.observe(8, 8, 0, 0.008)
+    assert times.bound_s(64, 64, 0) < 0.064 * 1.05
+
+
+def test_a_slower_device_is_slower_at_every_size():
+    times = StepTimes(table(8, 64))
+    for _ in range(200):
+        times.observe(8, 8, 0, 0.016)
+    assert times.bound_s(64, 64, 0) == pytest.approx(0.128, rel=0.02)
+
+
 def test_first_token_of_an_idle_engine_is_its_own_prompt():
     times = StepTimes(table(8, 64))
     assert time_to_first_token_s(Backlog(), 128, times, 1) == pytest.approx(2 * 0.064)

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from sarathi_jax.config import CHUNKING, Policy
-from sarathi_jax.scheduling.plan import FillToEdge
+from sarathi_jax.scheduling.plan import ChunkSchedule, FillToEdge
 from tests.scheduling.drive import RESERVING, Arrival, Case, Drive
 
 # Few cases in `make check`, over two thousand in the whole suite.
@@ -60,10 +60,12 @@ def cases(
     stages=(1,),
     policy: Policy = "sarathi",
     prefix_caching: bool = False,
+    scheduled: bool = False,
 ):
     """`slack`: blocks for everything at once (ample) or little more than the longest sequence needs (tight).
 
     `prefix_caching`: with requests of which some begin alike, even go on alike.
+    `scheduled`: with chunks that shrink, where the policy cuts any.
     """
     requests, block_size, buckets = draw(arrivals()), draw(st.sampled_from([1, 2, 3, 4, 8])), draw(BUCKETS)
     if policy not in CHUNKING:
@@ -84,10 +86,14 @@ def cases(
         policy=policy,
         prefix_caching=prefix_caching,
     )
+    if scheduled and policy in CHUNKING and (most_decodes := -(-case.max_running // case.num_stages)) < buckets[-1]:
+        low, high = sorted(draw(st.tuples(*[st.integers(most_decodes + 1, buckets[-1])] * 2)))
+        schedule = ChunkSchedule(high, low, draw(st.integers(1, 4)), draw(st.integers(1, 40)))
+        case = dataclasses.replace(case, chunk_schedule=schedule)
     scheduler = Drive(case).scheduler
     needs = [scheduler.max_blocks(request.num_prompt + request.max_tokens - 1) for request in requests]
     if slack == "tight":
-        num_blocks = max(1, *needs) * draw(st.integers(1, 3 if policy in RESERVING else 1)) + draw(st.integers(0, 4))
+        num_blocks = max(1, *needs) * draw(st.integers(1, 6 if policy in RESERVING else 1)) + draw(st.integers(0, 4))
     else:
         num_blocks = sum(needs) + 2 + sum(needs) // 50
     return dataclasses.replace(case, num_blocks=num_blocks)

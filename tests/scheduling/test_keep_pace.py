@@ -3,7 +3,7 @@
 import pytest
 
 from sarathi_jax.latency import LatencyTable, StepTimes, Timing, chunk_keys
-from sarathi_jax.scheduling.plan import Demand, KeepPace
+from sarathi_jax.scheduling.plan import Demand, FillToEdge, KeepPace
 
 BUCKETS = (8, 64, 256)
 PROMPT = ((0, 10_000),)
@@ -39,6 +39,28 @@ def chooser(num_stages: int = 1) -> KeepPace:
 )
 def test_the_largest_bucket_in_time(demand, limit):
     assert chooser()(demand) == limit
+
+
+@pytest.mark.parametrize(
+    ("pace_s", "num_stages", "limit"),
+    [
+        (0.0300, 1, 256),  # 25.6 ms for 256 tokens, 3.3 for their keys, then 0.8 for the decodes and 0.1 for theirs
+        (0.0295, 1, 64),
+        (0.0076, 1, 64),
+        (0.0074, 1, 8),
+        (0.0016, 1, 0),  # no prompt enters
+        (0.0300, 2, 256),  # a token comes round after as many steps
+        (0.0300, 3, 64),
+    ],
+)
+def test_decodes_after_a_step_of_prompts(pace_s, num_stages, limit):
+    short = ((0, 300),)
+    assert chooser(num_stages)(Demand(4, short, 100, pace_s=pace_s, alternates=True)) == limit
+
+
+def test_decodes_in_the_next_step_leave_this_one_to_prompts():
+    assert FillToEdge(BUCKETS)(Demand(8, ((0, 256),))) == 256
+    assert FillToEdge(BUCKETS)(Demand(60, ((0, 64),), alternates=True)) == 64
 
 
 def test_a_pipeline_goes_round_once_a_token():

@@ -139,7 +139,8 @@ def test_a_slow_reader_gets_everything(server):
             time.sleep(0.1)
         assert b"[DONE]" not in read
         while b"[DONE]" not in read:
-            assert (part := slow.recv(1 << 16))
+            part = slow.recv(1 << 16)
+            assert part
             read += part
 
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any, Protocol
 
-from sarathi_jax.bench.paper import intensity
+from sarathi_jax.bench.paper import capacity, intensity, slo, tradeoff
 from sarathi_jax.bench.paper.experiment import Experiment, ExperimentError, Options, Section, read_experiment
 from sarathi_jax.resources import config_names, config_path
 
-KINDS = ("intensity",)
+KINDS = ("capacity", "intensity", "slo", "tradeoff")
 
 
 class Kind(Protocol):
@@ -33,8 +33,14 @@ def module_of(kind: str) -> Any:
       ExperimentError: there is none.
     """
     match kind:
+        case "capacity":
+            return capacity
         case "intensity":
             return intensity
+        case "slo":
+            return slo
+        case "tradeoff":
+            return tradeoff
         case _:
             raise ExperimentError(f"kind {kind!r} is none of {', '.join(KINDS)}")
 

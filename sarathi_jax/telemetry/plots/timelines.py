@@ -1,5 +1,6 @@
 """Timelines: one answer that stalls and the steps that made it wait (Figure 1a of the paper), what steps held."""
 
+import collections
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from sarathi_jax.telemetry.steps import StepRecord
 _KIND_COLOURS = {"decode": "#9ecae1", "mixed": "#74c476", "prefill": "#fd8d3c"}
 _MOST_STALLS = 3
 _TIMES_MEDIAN = 4  # a gap so many times the median one is a stall
-_MOST_STEPS = 1500
+_MOST_STEPS = 500
 
 
 def generation_stall(
@@ -57,7 +58,7 @@ def generation_stall(
         most = max(len(sample.token_s) for sample in shown.values())
         curve.set(ylabel="tokens received", xlim=(-0.02 * length_s, 1.02 * length_s), ylim=(0, 1.12 * most))
         curve.legend(loc="lower right")
-        curve.set_title(title or f"One answer, token by token ({chosen}): where it stalls, prompts of others go first")
+        curve.set_title(title or f"One answer, token by token (request {chosen}), and its longest waits")
         for axes, name in zip(strips, striped, strict=True):
             _draw_strip(axes, name, runs[name], shown[name].token_s[0], length_s)
         if strips:
@@ -80,8 +81,7 @@ def batch_composition(run: Run, path: Path, *, replica: int = 0, title: str | No
     steps = run.steps[replica] if replica < len(run.steps) else ()
     if not steps:
         raise PlotError(f"{path}: the steps of this run are not known")
-    groups = [steps[i : i + math.ceil(len(steps) / _MOST_STEPS)] for i in _group_starts(len(steps))]
-    spans = np.array([(group[0].started_s, group[-1].ended_s) for group in groups])
+    spans, groups = _groups(steps)
     decodes = np.array([statistics.fmean(step.plan.num_decodes for step in group) for group in groups])
     tokens = np.array([statistics.fmean(step.plan.num_tokens for step in group) for group in groups])
     buckets = np.array([statistics.fmean(step.plan.bucket for step in group) for group in groups])
@@ -95,7 +95,7 @@ def batch_composition(run: Run, path: Path, *, replica: int = 0, title: str | No
             held.fill_between(_corners(spans), *_levels(low, high), color=colour, lw=0, label=name)
         held.set(ylabel="tokens a step", ylim=(0, None))
         held.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
-        held.set_title(title or "What each step held" + (", averages of steps in a row" if len(groups[0]) > 1 else ""))
+        held.set_title(title or "What each step held" + (", on average" if len(steps) > len(groups) else ""))
         ends = [group[-1].ended_s for group in groups]
         for name, colour, counts in (
             ("running", "#0072b2", [group[-1].state.num_running for group in groups]),
@@ -185,8 +185,19 @@ def _kind_legend(axes: Any) -> tuple[list[Any], list[str]]:
     return handles, [f"{label} step" for label in labels]
 
 
-def _group_starts(number: int) -> range:
-    return range(0, number, math.ceil(number / _MOST_STEPS))
+def _groups(steps: Sequence[StepRecord]) -> tuple[np.ndarray, list[list[StepRecord]]]:
+    """Steps and when each began and ended; of very many those that began in equal spans of time together."""
+    if len(steps) <= _MOST_STEPS:
+        return np.array([(step.started_s, step.ended_s) for step in steps]), [[step] for step in steps]
+    begin_s, width_s = steps[0].started_s, (steps[-1].ended_s - steps[0].started_s) / _MOST_STEPS
+    bins = collections.defaultdict[int, list[StepRecord]](list)
+    for step in steps:
+        bins[int((step.started_s - begin_s) / width_s)].append(step)
+    # A step may be longer than a span.
+    spans = [(begin_s + i * width_s, max(begin_s + (i + 1) * width_s, its[-1].ended_s)) for i, its in bins.items()]
+    starts_s = [start_s for start_s, _ in spans[1:]] + [math.inf]
+    cut = [(start_s, min(end_s, next_s)) for (start_s, end_s), next_s in zip(spans, starts_s, strict=True)]
+    return np.array(cut), list(bins.values())
 
 
 def _corners(spans: np.ndarray) -> np.ndarray:
