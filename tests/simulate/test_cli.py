@@ -92,7 +92,7 @@ def test_a_plan_that_nothing_serves_fails_with_reasons(capsys):
         (("plan", "--rate=1", "--slo_ms=9", "--price=h100:3"), "write DEVICE=DOLLARS"),
         (("plan", "--rate=1", "--slo_ms=9", "--price=h100=0"), "what does h100 cost"),
         (("plan", "--rate=1", "--slo_ms=9", "--budgets=many"), "'many' is not a number above 0 or slo"),
-        (("plan", "--model=mistral-7b", "--rate=1", "--slo_ms=9", "--policy=vllm"), "only sarathi has"),
+        (("plan", "--model=mistral-7b", "--rate=1", "--slo_ms=9", "--policy=vllm"), "budgets of sarathi"),
     ],
 )
 def test_bad_input_gets_a_clear_answer(arguments, match, capsys):
