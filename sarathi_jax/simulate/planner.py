@@ -176,7 +176,7 @@ def _order(choice: Choice, demand: Demand) -> tuple[float, bool, float]:
 def _too_dear(choice: Choice, demand: Demand, least: float, cheapest: float) -> str:
     return (
         f"costs at least ${least:.2f}/h, {least / cheapest:.1f} times the cheapest found: a replica serves at most "
-        f"{choice.at_most:.3g} requests/s, so that {math.ceil(demand.rate / choice.at_most)} are needed"
+        f"{choice.at_most:.3g} requests/s, so that it takes {math.ceil(demand.rate / choice.at_most)}"
     )
 
 
