@@ -9,10 +9,9 @@ from sarathi_jax.cli.fields import UsageError
 from sarathi_jax.cli.model_flags import define_model_flags, model_arguments
 from sarathi_jax.cli.workload_flags import NOT_OF_THE_ENGINE
 from sarathi_jax.config import ConfigError, Dtype, EngineConfig, ModelConfig
-from sarathi_jax.latency import DEVICES, PUBLISHED_STACK, LatencyTable, TableError
+from sarathi_jax.latency import DEVICES, PUBLISHED_STACK, DeviceError, HostTerm, LatencyTable, TableError, device_of
 from sarathi_jax.resources import checkpoint_path, config_names
 from sarathi_jax.simulate import Deployment
-from sarathi_jax.simulate.choices import unknown_device
 from sarathi_jax.simulate.memory import cache_of
 
 SKIP = (*NOT_OF_THE_ENGINE, "hosts", "host_id", "coordinator", "overlap", "attention_backend")
@@ -29,7 +28,12 @@ def define_deployment_flags(values: flags.FlagValues, skip: tuple[str, ...] = ()
       skip: flags that this verb does not have, of the simulation or fields of `EngineConfig`.
     """
     if "device" not in skip:
-        flags.DEFINE_string("device", _DEFAULT_DEVICE, f"one of {', '.join(DEVICES)}.", flag_values=values)
+        flags.DEFINE_string(
+            "device",
+            _DEFAULT_DEVICE,
+            f"one of {', '.join(DEVICES)}, or a file that calibrate wrote.",
+            flag_values=values,
+        )
     if "table" not in skip:
         flags.DEFINE_string(
             "table", None, "step times that main.py profile measured, in place of a roofline's.", flag_values=values
@@ -88,8 +92,10 @@ def deployment_of(values: flags.FlagValues) -> Deployment:
       UsageError: no such model, device or table, or a deployment that cannot be.
       TableError: a file that is no latency table, or not of these buckets.
     """
-    if values.device not in DEVICES:
-        raise UsageError(f"--device: {unknown_device(values.device)}")
+    try:
+        device = device_of(values.device)
+    except DeviceError as error:
+        raise UsageError(f"--device: {error}") from None
     model, engine = model_and_engine(values)
     table = None
     if values.table is not None:
@@ -101,7 +107,7 @@ def deployment_of(values: flags.FlagValues) -> Deployment:
             )
         if engine.pp > 1:
             raise UsageError("--table has times of a whole model: it cannot be used with --pp")
-    deployment = Deployment(model, DEVICES[values.device], engine, table, host_of(values), values.pads)
+    deployment = Deployment(model, device, engine, table, host_of(values), values.pads)
     try:
         cache_of(deployment)
         if table is None:
@@ -111,7 +117,7 @@ def deployment_of(values: flags.FlagValues) -> Deployment:
     return deployment
 
 
-def host_of(values: flags.FlagValues):
+def host_of(values: flags.FlagValues) -> HostTerm | None:
     """The host term of --host."""
     return PUBLISHED_STACK if values.host == "published" else None
 

@@ -31,7 +31,7 @@ from sarathi_jax.cli.fields import UsageError
 from sarathi_jax.cli.results import finite, write_rows
 from sarathi_jax.cli.workload_flags import define_workload_flags
 from sarathi_jax.config import ConfigError
-from sarathi_jax.latency import DEVICES
+from sarathi_jax.latency import DEVICES, DeviceError, device_of
 from sarathi_jax.simulate import Deployment
 from sarathi_jax.simulate.choices import PRICES, Choice, Demand, Options, Plan
 
@@ -63,7 +63,9 @@ def define(values: flags.FlagValues) -> None:
     """Defines the flags: what is asked for, the choices, the workload's, then the model's."""
     flags.DEFINE_float("rate", None, "requests a second, of all replicas together.", flag_values=values)
     flags.DEFINE_float("slo_ms", None, "P99 of the times between tokens.", flag_values=values)
-    flags.DEFINE_list("devices", ["a100-80gb", "h100"], f"of {', '.join(DEVICES)}.", flag_values=values)
+    flags.DEFINE_list(
+        "devices", ["a100-80gb", "h100"], f"of {', '.join(DEVICES)}, or files that calibrate wrote.", flag_values=values
+    )
     flags.DEFINE_multi_string(
         "price",
         None,
@@ -113,8 +115,8 @@ def run(values: flags.FlagValues, arguments: Sequence[str]) -> int:
     if not values["max_num_seqs"].present:
         engine = dataclasses.replace(engine, max_num_seqs=_MAX_NUM_SEQS)
     if engine.policy != "sarathi":
-        raise UsageError(f"--policy={engine.policy}: a plan chooses token budgets, which only sarathi has")
-    base = Deployment(model, DEVICES[options.devices[0]], engine, host=host_of(values), pads=values.pads)
+        raise UsageError(f"--policy={engine.policy}: a plan chooses the token budgets of sarathi: leave it out")
+    base = Deployment(model, device_of(options.devices[0]), engine, host=host_of(values), pads=values.pads)
     workloads = spec.open(engine.max_model_len or model.max_position)
     print(workloads.source, file=sys.stderr)
     sample = dataclasses.replace(workloads, number=_SAMPLE).at(1.0, spec.seed).requests()
@@ -174,7 +176,7 @@ def _options(values: flags.FlagValues) -> Options:
             max_replicas=values.max_replicas,
             dearest=values.dearest,
         )
-    except ConfigError as error:
+    except (ConfigError, DeviceError) as error:
         raise UsageError(str(error)) from None
 
 

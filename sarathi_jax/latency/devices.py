@@ -5,6 +5,7 @@ chosen by looking at a capacity.
 """
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -239,7 +240,9 @@ def device_of(name: str) -> Device:
         return DEVICES[name]
     if Path(name).expanduser().is_file():
         return load_device(Path(name).expanduser())
-    raise DeviceError(f"no device {name!r}, and no such file; known are {', '.join(DEVICES)}")
+    near = [one for one in DEVICES if one.startswith(name)] or difflib.get_close_matches(name, DEVICES, n=1, cutoff=0.4)
+    hint = f"do you mean {near[0]}? " if near else ""
+    raise DeviceError(f"no device {name!r}, and no such file; {hint}known are {', '.join(DEVICES)}")
 
 
 def save_device(device: Device, path: Path) -> None:

@@ -1,12 +1,11 @@
 """What a plan chooses between: what is asked for, what may be chosen, each choice with what is known of it."""
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 
 from sarathi_jax.config import ConfigError
-from sarathi_jax.latency import DEVICES
+from sarathi_jax.latency import device_of
 from sarathi_jax.workloads import TimedRequest
 
 PRICES: Mapping[str, float] = {
@@ -55,7 +54,7 @@ class Options:
     """What may be chosen.
 
     Attributes:
-      devices: names of `DEVICES`.
+      devices: names of `DEVICES`, or files of `load_device`.
       prices: dollars an hour of one device, by name.
       tps, pps: devices of a stage, stages.
       budgets: tokens of a step; None: the server's own choice for each step, by the SLO.
@@ -81,8 +80,7 @@ class Options:
             if not all(value is None or value >= 1 for value in getattr(self, name)):
                 raise ConfigError(f"{name}={getattr(self, name)} must be positive")
         for device in self.devices:
-            if device not in DEVICES:
-                raise ConfigError(unknown_device(device))
+            device_of(device)
             if not 0 < self.prices.get(device, 0.0) < math.inf:
                 raise ConfigError(f"what does {device} cost an hour? its price must be a number above 0")
 
@@ -159,9 +157,3 @@ class Plan:
             if not front or choice.p99_tbt_s < front[-1].p99_tbt_s:
                 front.append(choice)
         return tuple(front)
-
-
-def unknown_device(name: str) -> str:
-    """What to say of a name that is none of `DEVICES`."""
-    near = [one for one in DEVICES if one.startswith(name)] or difflib.get_close_matches(name, DEVICES, n=1, cutoff=0.4)
-    return f"unknown device {name!r}; {f'do you mean {near[0]}? ' if near else ''}there are {', '.join(DEVICES)}"

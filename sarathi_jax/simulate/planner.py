@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable
 
 from sarathi_jax.config import ConfigError
-from sarathi_jax.latency import DEVICES, Roofline, Work
+from sarathi_jax.latency import Roofline, Work, device_of
 from sarathi_jax.simulate.capacity import Capacity
 from sarathi_jax.simulate.choices import Choice, Demand, Options, Plan
 from sarathi_jax.simulate.deployment import Deployment
@@ -118,7 +118,7 @@ def _deployment(base: Deployment, choice: Choice, demand: Demand, options: Optio
         token_budget=largest if choice.budget is None else choice.budget,
         tbt_slo_ms=1e3 * demand.tbt_slo_s if choice.budget is None else None,
     )
-    return dataclasses.replace(base, device=DEVICES[choice.device], engine=engine, table=None)
+    return dataclasses.replace(base, device=device_of(choice.device), engine=engine, table=None)
 
 
 def _judge(deployment: Deployment, demand: Demand) -> tuple[str, float]:
@@ -176,7 +176,7 @@ def _order(choice: Choice, demand: Demand) -> tuple[float, bool, float]:
 def _too_dear(choice: Choice, demand: Demand, least: float, cheapest: float) -> str:
     return (
         f"costs at least ${least:.2f}/h, {least / cheapest:.1f} times the cheapest found: a replica serves at most "
-        f"{choice.at_most:.3g} requests/s, so that {math.ceil(demand.rate / choice.at_most)} are needed"
+        f"{choice.at_most:.3g} requests/s, so that it takes {math.ceil(demand.rate / choice.at_most)}"
     )
 
 

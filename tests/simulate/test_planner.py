@@ -7,7 +7,7 @@ import re
 import pytest
 
 from sarathi_jax.config import ConfigError, EngineConfig
-from sarathi_jax.latency import DEVICES
+from sarathi_jax.latency import DEVICES, DeviceError
 from sarathi_jax.resources import config_path
 from sarathi_jax.simulate.capacity import Capacity, Level
 from sarathi_jax.simulate.choices import Choice, Demand, Options, Plan
@@ -149,7 +149,7 @@ def test_the_front_has_what_nothing_beats():
     ],
 )
 def test_options_that_cannot_be(changes, match):
-    with pytest.raises(ConfigError, match=match):
+    with pytest.raises((ConfigError, DeviceError), match=match):
         dataclasses.replace(OPTIONS, **changes)
 
 
