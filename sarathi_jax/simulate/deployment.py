@@ -4,6 +4,7 @@ import dataclasses
 
 from sarathi_jax.config import EngineConfig, ModelConfig
 from sarathi_jax.latency import Device, HostTerm, LatencyTable, Link, Roofline
+from sarathi_jax.partition import split_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Deployment:
             self.device,
             engine.tp,
             engine.pp,
-            pp_layers=engine.pp_layers,
+            pp_layers=tuple(len(stage.layers) for stage in split_layers(self.model, engine)),
             tp_link=self.tp_link,
             pp_link=self.pp_link,
             host=self.host,
