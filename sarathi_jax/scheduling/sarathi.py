@@ -57,14 +57,18 @@ class SarathiScheduler(ChunkingScheduler):
         elif not preempted:
             newcomers = self._whole_newcomers(prefills, self._buckets[-1] - len(decodes))
 
-        if self._num_following == 0:
-            self._choose(live, decodes, largest_share, self._wanted(prefills, newcomers))
-        budget = TokenBudget(self._limit)
-        budget.take(len(decodes))
-        chunks = self._plan_chunks(prefills, newcomers, budget)
+        chunks: list[Chunk] = []
+        if prefills or newcomers or self._num_stages > 1:  # else there is nothing to choose
+            if self._num_following == 0:
+                self._choose(live, decodes, largest_share, self._wanted(prefills, newcomers))
+            self._num_following -= 1
+            budget = TokenBudget(self._limit)
+            budget.take(len(decodes))
+            chunks = self._plan_chunks(prefills, newcomers, budget)
         has_own_bucket = self._num_stages == 1 or not self._cuts_prompts
         plan = self._step(decodes, chunks, preempted, None if has_own_bucket else self._bucket(self._limit))
-        self._num_following = 0 if plan is None else self._num_following - 1
+        if plan is None:
+            self._num_following = 0
         return plan
 
     def _shares(self, live: list[Sequence]) -> tuple[int, int]:
@@ -84,8 +88,8 @@ class SarathiScheduler(ChunkingScheduler):
     ) -> None:
         """Sets the token limit of the next pp micro-batches, among which the prompts are shared out."""
         self._num_following = self._num_stages
-        if not self._cuts_prompts or (self._num_stages == 1 and not prefills):
-            self._limit = self._buckets[-1]  # prompts are not cut, or there are none
+        if not self._cuts_prompts:
+            self._limit = self._buckets[-1]
             return
         num_decodes = len(decodes) if self._num_stages == 1 else largest_share
         num_keys = sum(chunk.start + 1 for chunk in decodes) * num_decodes // max(1, len(decodes))
