@@ -5,11 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from sarathi_jax.bench.paper import ablation, chunking_overhead, pipeline
 from sarathi_jax.bench.paper.experiment import Experiment, ExperimentError, Options, Section
 from sarathi_jax.bench.paper.kinds import load_experiment, run, shipped_experiments
 from sarathi_jax.bench.paper.markdown import Comparison, comparison_table, number
+from sarathi_jax.bench.paper.parallel import in_parallel
 from sarathi_jax.bench.paper.report import write_index, write_page
+from sarathi_jax.latency.devices import Link
 from sarathi_jax.resources import config_names, config_path
+from sarathi_jax.workloads import poisson
 
 QUICK = Options(quick=True)
 
@@ -53,8 +57,8 @@ def test_what_cannot_be_run_is_refused_with_the_files_name(tmp_path, old, new, m
         load_experiment(path)
 
 
-@pytest.mark.parametrize("name", ["intensity"])
-def test_same_pages_every_time(tmp_path, name):
+def test_same_pages_every_time(tmp_path):
+    name = "intensity"
     first, second = (pages(tmp_path / folder, name) for folder in ("first", "second"))
     assert first == second
     assert {"README.md", f"{name}.md"} < set(first)
@@ -83,3 +87,53 @@ def test_ours_beside_the_papers():
     assert lines[2:] == ["| P99 | 0.15 s | 0.12 s | 1.25 | because |", "| P50 | 1 | - | - |  |"]
     assert "why" not in comparison_table([Comparison("P50", 1.0)])
     assert [number(value) for value in (12345.6, 0.0001234, float("inf"))] == ["12,300", "0.000123", "inf"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["ablation", "batch_throughput", "chunking_overhead", "hybrid_iteration", "pipeline", "tile_quantisation"]
+)
+def test_quick_version_of_each(tmp_path, name):
+    made = pages(tmp_path, name)
+    page = made[f"{name}.md"].decode()
+    assert "**In one line:** " in page
+    assert "quick version" in page
+    assert "nan" not in page
+    assert [path for path in made if path.endswith(".svg")]
+
+
+def test_artifacts_cells_are_compared_where_they_are_at_hand(tmp_path):
+    rows = ["prefill_length,chunk_size,prefill_execution_time"]
+    rows += [f"{length},{chunk},{1000 + 512 * 100 / chunk}" for length in (2047, 4095) for chunk in (512, 1024, 16384)]
+    folder = tmp_path / "osdi"
+    folder.mkdir()
+    (folder / "figure_9a_yi34b_tp2_chunking_overhead.csv").write_text("\n".join(rows) + "\n")
+    one = experiment("chunking_overhead")
+    settings = {**one.settings, "prompts": [2048, 4096], "chunks": [512, 1024]}
+    one = dataclasses.replace(one, settings=settings)
+    assert "Every cell, ours / measured" in chunking_overhead.run(one, Options(data=tmp_path)).text
+    without = chunking_overhead.run(one, Options())
+    assert "measured by" not in without.text
+    assert all(1 < row["to_whole"] < 1.25 for row in without.tables["overhead"])
+
+
+def test_gaps_of_the_published_harness():
+    ours, theirs = poisson(2.0, 500, 3), ablation.clipped(2.0, 500, 3)
+    gaps = [later - earlier for earlier, later in zip([0.0, *theirs], theirs, strict=False)]
+    assert max(gaps) == pytest.approx(1.5)
+    assert 0.9 * ours[-1] < theirs[-1] < ours[-1]
+    assert theirs[0] == ours[0]
+
+
+def test_a_ring_by_hand():
+    link = pipeline.ring(Link(1e-6, 1e9), 8)
+    assert link.all_reduce_s(8000, 8) == pytest.approx(14e-6 + 14e-6)
+
+
+def test_answers_keep_their_order():
+    assert in_parallel(abs, [-3, 1, -2], Options(), "test") == [3, 1, 2]
+
+
+@pytest.mark.slow
+def test_answers_keep_their_order_over_processes():
+    assert in_parallel(abs, [-3, 1, -2], Options(processes=2), "test") == [3, 1, 2]

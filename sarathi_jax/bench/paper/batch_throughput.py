@@ -97,10 +97,13 @@ def run(experiment: Experiment, options: Options) -> Section:
     )
     measured = _measured(paper, options)
     drawn = []
-    for kind, title in (("prompt", f"Prompts of {settings.prompt} tokens"), ("decode", "Decodes")):
+    for kind, title, scale in (
+        ("prompt", f"Prompts of {settings.prompt} tokens", "linear"),
+        ("decode", "Decodes", "log"),
+    ):
         lines = {name: [(n, _rate(rows, name, n, kind)) for n in settings.batch_sizes] for name in rooflines}
         points = {name: found for name in rooflines if (found := measured.get((name, kind)))}
-        drawn.append(Panel(title, lines, "batch size", "tokens/s", marks=points, x_scale="log", y_scale="log"))
+        drawn.append(Panel(title, lines, "batch size", "tokens/s", marks=points, x_scale="log", y_scale=scale))
     worst = max(comparisons, key=lambda one: abs((one.ratio or 1) - 1))
     first = next(iter(gains))
     return Section(

@@ -8,7 +8,6 @@ from typing import Any, Literal
 from sarathi_jax.config import EngineConfig, ModelConfig
 from sarathi_jax.deployment import load_deployment
 from sarathi_jax.latency import DEVICES, PUBLISHED_STACK, HostTerm
-from sarathi_jax.latency.devices import NVSWITCH
 from sarathi_jax.simulate import Deployment
 from sarathi_jax.weights.directory import load_model_yaml
 from sarathi_jax.workloads import ARXIV, CHAT, LengthQuantiles, TimedRequest, Workload, poisson, synthesise
@@ -35,7 +34,6 @@ class DeploymentSettings:
       stack: ``published``: with the host term of the stack that the paper measured; ``published_free_sequences``:
         with that term but for what it adds for each sequence of a step; ``ours``: without.
       pads: a step takes the time of its compiled size; False: of its tokens, as the paper's eager stack does.
-      nvswitch: joins the devices of a stage; False: as `DEVICES` has it.
       engine: fields of `EngineConfig` in place of the deployment's.
     """
 
@@ -44,7 +42,6 @@ class DeploymentSettings:
     context: int = 8192
     stack: Stack = "ours"
     pads: bool = False
-    nvswitch: bool = False
     engine: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -74,7 +71,6 @@ class DeploymentSettings:
             config,
             host=STACKS[self.stack],
             pads=self.pads,
-            tp_link=NVSWITCH if self.nvswitch else None,
         )
 
 

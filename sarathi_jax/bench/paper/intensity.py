@@ -58,6 +58,7 @@ def run(experiment: Experiment, options: Options) -> Section:
     best = share_of_peak(roofline, 4096)
     saturates = next(n for n in range(128, 4097, 128) if share_of_peak(roofline, n) >= _SATURATED * best)
     decodes = decode_intensity(roofline, 32, settings.context)
+    enough = next(n for n in range(1, 10_000) if decode_intensity(roofline, n, settings.context) >= ridge)
     text = "\n\n".join(
         [
             comparison_table(
@@ -76,10 +77,10 @@ def run(experiment: Experiment, options: Options) -> Section:
             f"Below {crosses} tokens the four products of a layer wait for the weights: their intensity grows with "
             "every token, so that more tokens are nearly free. A step of 32 decodes has "
             f"{decodes:.0f} flops for each byte, {ridge / decodes:.0f} times fewer than the device could do; a chunk "
-            "of a prompt in the same step uses what is left. With its attention a decode never gets there: each reads "
-            f"a cache of its own, which no other token shares ({settings.context} tokens each in the picture). Nor do "
-            "products reach their best rate where flops and bytes take equally long: there both still wait for each "
-            "other.",
+            "of a prompt in the same step uses what is left. Decodes alone would have to be "
+            f"{enough}, with {enough * settings.context:,} tokens in the cache, for each reads a cache of its own. Nor "
+            "do products reach their best rate where flops and bytes take equally long: there both still wait for "
+            "each other.",
         ]
     )
     intensities = Panel(

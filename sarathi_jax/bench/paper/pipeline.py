@@ -11,6 +11,7 @@ from sarathi_jax.bench.paper.markdown import Comparison, comparison_table, numbe
 from sarathi_jax.bench.paper.parallel import in_parallel
 from sarathi_jax.bench.paper.pictures import grouped_bars
 from sarathi_jax.config import Policy
+from sarathi_jax.latency.devices import ETHERNET_100G, Link
 from sarathi_jax.simulate import Deployment, Snapshot, simulate
 from sarathi_jax.simulate.capacity import find_capacity
 from sarathi_jax.simulate.replica import SimulatedReplica
@@ -27,6 +28,8 @@ class Variant:
       name: in tables.
       policy, tp, pp, max_num_seqs: as of `EngineConfig`.
       token_budget: of a step; None: the longest request, for policies that never cut a prompt.
+      over_ethernet: sums over all devices go round through the Ethernet between the machines, as in the paper; False:
+        as `DEVICES` has it, measured on machines that InfiniBand joins.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Variant:
     pp: int
     max_num_seqs: int
     token_budget: int | None = None
+    over_ethernet: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,13 +246,21 @@ def _saturated(job: Job, deployment: Deployment) -> tuple[tuple[float, ...], flo
 
 def _deployment(job: Job) -> Deployment:
     variant = job.variant
-    return job.settings.deployment.build(
+    deployment = job.settings.deployment.build(
         policy=variant.policy,
         tp=variant.tp,
         pp=variant.pp,
         max_num_seqs=variant.max_num_seqs,
         token_budget=variant.token_budget or job.settings.deployment.context,
     )
+    if not variant.over_ethernet:
+        return deployment
+    return dataclasses.replace(deployment, tp_link=ring(ETHERNET_100G, variant.tp))
+
+
+def ring(slowest: Link, num_devices: int) -> Link:
+    """An all-reduce around devices: 2 (n - 1) messages one after the other, as fast as the slowest link."""
+    return Link(2 * (num_devices - 1) * slowest.latency_s, slowest.bandwidth)
 
 
 def _compare(ratio: Ratio, values: dict[str, float]) -> Comparison:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import statistics
 import time
 
 import jax
@@ -23,7 +22,7 @@ class Measure:
     Attributes:
       rows: first, last and step.
       inner, columns: of the product.
-      rounds: each size once in each; the median counts.
+      rounds: each size once in each; the least time counts.
       quick_rounds: likewise, in the quick version.
     """
 
@@ -122,7 +121,7 @@ def run(experiment: Experiment, options: Options) -> Section:
 
 
 def measure(wanted: Measure, options: Options) -> dict[int, float]:
-    """Median seconds by rows. Sizes take turns, so that what else the machine does falls on all of them."""
+    """Least seconds by rows: what else the machine does only adds to them, and sizes take turns."""
     first, last, step = wanted.rows
     product = jax.jit(jnp.dot)
     right = jnp.ones((wanted.inner, wanted.columns), jnp.float32)
@@ -135,7 +134,7 @@ def measure(wanted: Measure, options: Options) -> dict[int, float]:
             began_s = time.perf_counter()
             product(left, right).block_until_ready()
             times[n].append(time.perf_counter() - began_s)
-    return {n: statistics.median(seconds) for n, seconds in times.items()}
+    return {n: min(seconds) for n, seconds in times.items()}
 
 
 def _steps(times: dict[int, float]) -> tuple[int, float]:
