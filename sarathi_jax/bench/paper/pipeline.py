@@ -5,6 +5,7 @@ import functools
 import math
 import statistics
 
+from sarathi_jax.bench.paper.batch_throughput import decode_s
 from sarathi_jax.bench.paper.deployments import DeploymentSettings, Trace, requests
 from sarathi_jax.bench.paper.experiment import Experiment, Options, Section
 from sarathi_jax.bench.paper.markdown import Comparison, comparison_table, number, table
@@ -51,7 +52,9 @@ class Settings:
       trace: of the requests.
       rate: requests a second at which latencies are compared.
       num_requests, quick_requests: of a run.
+      capacity_requests: of a run of the search for a capacity, which must last for waits to show.
       seeds: of the workload.
+      decodes, context: of steps without a prompt, and tokens in the cache of each.
       tbt_slo_s: P99 at the capacity.
       tolerance: of the capacity.
     """
@@ -62,7 +65,10 @@ class Settings:
     rate: float
     num_requests: int
     quick_requests: int
+    capacity_requests: int
     seeds: int
+    decodes: tuple[int, ...]
+    context: int
     tbt_slo_s: float
     tolerance: float
 
@@ -125,7 +131,8 @@ class Outcome:
 def run(experiment: Experiment, options: Options) -> Section:
     settings, paper = experiment.settings_as(Settings), experiment.paper_as(Paper)
     num_requests = settings.quick_requests if options.quick else settings.num_requests
-    jobs = [Job(settings, variant, num_requests, not options.quick) for variant in settings.variants]
+    searched = {name for ratio in paper.capacity if not options.quick for name in (ratio.over, ratio.under)}
+    jobs = [Job(settings, variant, num_requests, variant.name in searched) for variant in settings.variants]
     answers = in_parallel(outcome_of, jobs, options, experiment.name)
     outcomes = {variant.name: answer for variant, answer in zip(settings.variants, answers, strict=True)}
     comparisons = [
@@ -151,7 +158,8 @@ def run(experiment: Experiment, options: Options) -> Section:
             comparison_table(comparisons),
             f"Latencies at {settings.rate:g} requests/s ({settings.trace}, {num_requests} requests, {settings.seeds} "
             "seeds); bubbles and throughput with all requests there from the beginning; capacity at a P99 TBT of "
-            f"{settings.tbt_slo_s:g} s, searched to {settings.tolerance:.0%} with one seed.",
+            f"{settings.tbt_slo_s:g} s, searched to {settings.tolerance:.0%} with one seed of "
+            f"{settings.capacity_requests} requests.",
             table(
                 ["", "P50 TBT", "P99 TBT", "P50 TTFT", "bubbles of the stages", "tokens/s", "capacity"],
                 [
@@ -169,6 +177,8 @@ def run(experiment: Experiment, options: Options) -> Section:
             ),
         ]
     )
+    text += f"\n\nTime between tokens without any prompt, {settings.context} tokens in the cache of each request:\n\n"
+    text += _decode_table(settings)
     groups = {
         what: {name: value(one) for name, one in outcomes.items()}
         for what, value in (
@@ -198,16 +208,16 @@ def run(experiment: Experiment, options: Options) -> Section:
 
 
 def outcome_of(job: Job) -> Outcome:
-    """Serves a variant in all three ways."""
+    """Serves a variant at the rate, with all requests at once, and at its capacity."""
     settings, deployment = job.settings, _deployment(job)
-    seeds = range(1 if not job.with_capacity else settings.seeds)
-    runs = [_simulate(job, deployment, settings.rate, seed) for seed in seeds]
+    seeds = range(settings.seeds if job.num_requests == settings.num_requests else 1)
+    runs = [_simulate(job, deployment, settings.rate, job.num_requests, seed) for seed in seeds]
     bubbles, tokens_per_s = _saturated(job, deployment)
     capacity = None
     if job.with_capacity:
 
         def probe(rate: float, seed: int) -> Run:
-            return _simulate(job, deployment, rate, seed)
+            return _simulate(job, deployment, rate, settings.capacity_requests, seed)
 
         found = find_capacity(
             probe, tbt_slo_s=settings.tbt_slo_s, guess=settings.rate, tolerance=settings.tolerance, seeds=(0,)
@@ -223,11 +233,34 @@ def outcome_of(job: Job) -> Outcome:
     )
 
 
-def _simulate(job: Job, deployment: Deployment, rate: float, seed: int) -> Run:
-    served = requests(job.settings.trace, rate, job.num_requests, seed)
+def decode_tbt_s(deployment: Deployment, decodes: int, context: int) -> float:
+    """Time between tokens of so many requests that only generate, shared out over the stages."""
+    pp = deployment.engine.pp
+    return pp * decode_s(deployment.roofline(), math.ceil(decodes / pp), context)
+
+
+def _decode_table(settings: Settings) -> str:
+    rows = []
+    for variant in {(v.tp, v.pp, v.over_ethernet): v for v in settings.variants}.values():
+        deployment = _deployment(Job(settings, variant, settings.num_requests, False))
+        link = deployment.tp_link or deployment.device.link(variant.tp)
+        message = 2 * settings.decodes[-1] * deployment.model.hidden_size
+        rows.append(
+            [
+                variant.name.partition(", ")[2],
+                *(f"{1e3 * decode_tbt_s(deployment, n, settings.context):.0f} ms" for n in settings.decodes),
+                f"{1e3 * link.all_reduce_s(message, variant.tp):.2f} ms",
+            ]
+        )
+    decodes = [f"{n} requests" for n in settings.decodes]
+    return table(["", *decodes, f"a layer's sum of {settings.decodes[-1]} tokens"], rows)
+
+
+def _simulate(job: Job, deployment: Deployment, rate: float, number: int, seed: int) -> Run:
+    served = requests(job.settings.trace, rate, number, seed)
 
     def is_hopeless(snapshot: Snapshot) -> bool:
-        return snapshot.oldest_waiting_s > _HOPELESS_S and 2 * snapshot.num_waiting > job.num_requests
+        return snapshot.oldest_waiting_s > _HOPELESS_S and 4 * snapshot.num_waiting > number
 
     return simulate(served, deployment, keep_steps=False, stop=is_hopeless)
 
