@@ -143,7 +143,7 @@ def build_engine(
         executor.warm_up()
     built = Engine(model, engine, cache, scheduler, executor, sequences, tokenizer)
     if times is not None:
-        built.observe(DriftObserver(times))
+        built.observe(DriftObserver(times, engine.pp))
     return built
 
 

@@ -84,6 +84,7 @@ class Scheduler(abc.ABC):
         self._reach = None if window is None else -(-(window - 1) // block_size)
         # Sequences whose newest token is still on its way through the stages, for each of the last pp - 1 calls.
         self._away: collections.deque[frozenset[int]] = collections.deque(maxlen=num_stages - 1)
+        self._behind: collections.deque[StepPlan | None] = collections.deque(maxlen=num_stages)  # the last pp steps
         self._filling: list[Sequence] = []  # in the last step they computed the last token of a block, or of several
         self._num_queries, self._num_hits = 0, 0
         self._watermark = math.ceil(WATERMARK_FRACTION * pool.num_total)
@@ -414,11 +415,13 @@ class Scheduler(abc.ABC):
             (decodes if chunk.length == 1 and chunk.samples else rest).append(chunk)
         if self._num_stages > 1:
             self._away.append(frozenset(chunk.seq_id for chunk in (*decodes, *rest) if chunk.samples))
-        if not decodes and not rest:
-            return None
-        if bucket is None:
-            bucket = self._bucket(len(decodes) + sum(chunk.length for chunk in rest))
-        return StepPlan((*decodes, *rest), bucket, len(decodes), tuple(preempted))
+        plan = None
+        if decodes or rest:
+            if bucket is None:
+                bucket = self._bucket(len(decodes) + sum(chunk.length for chunk in rest))
+            plan = StepPlan((*decodes, *rest), bucket, len(decodes), tuple(preempted))
+        self._behind.append(plan)
+        return plan
 
     def _bucket(self, num_tokens: int) -> int:
         """The smallest bucket that holds so many tokens."""

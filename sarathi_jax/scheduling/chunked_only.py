@@ -40,6 +40,8 @@ class ChunkedOnlyScheduler(ChunkingScheduler):
             return []
         decodes = [seq for seq in live if seq.is_decode]
         num_keys = sum(seq.num_computed + 1 for seq in decodes)
-        limit = self._chooser(Demand(len(decodes), tuple(wanted), num_keys, self._tightest_pace_s(live), True))
+        limit = self._chooser(
+            Demand(len(decodes), tuple(wanted), num_keys, self._tightest_pace_s(live), alternates=True)
+        )
         limit = max(limit, 0 if decodes else self._buckets[0])
         return self._plan_chunks(prefills, newcomers, TokenBudget(min(limit, self._buckets[-1])))

@@ -153,6 +153,8 @@ class Demand:
       num_decode_keys: keys that the decodes read, themselves included.
       pace_s: the least `Request.pace_s` of all running decodes; None: nobody was promised anything.
       alternates: the decodes do not enter this step but the next one, alone.
+      behind: in a pipeline, the last pp steps, among them those under way; None for one that held nothing. Empty: they
+        are as long as this one.
     """
 
     num_decodes: int
@@ -160,6 +162,7 @@ class Demand:
     num_decode_keys: int = 0
     pace_s: float | None = None
     alternates: bool = False
+    behind: tuple[StepPlan | None, ...] = ()
 
     @property
     def num_beside(self) -> int:
@@ -221,7 +224,8 @@ class KeepPace:
     Args:
       times: of the programs.
       buckets: compiled step sizes, ascending.
-      num_stages: pp; a token comes round after as many steps.
+      num_stages: pp; a token comes round after as many steps, and later where they are longer than those behind them
+        (docs/decisions/promised-times.md).
     """
 
     def __init__(self, times: StepTimes, buckets: tuple[int, ...], num_stages: int = 1):
@@ -233,12 +237,28 @@ class KeepPace:
     def __call__(self, demand: Demand) -> int:
         if demand.pace_s is None or not demand.num_decodes:
             return self._fill[-1](demand)
+        allowed_s = self._allowed_s(demand, demand.pace_s)
         for i in reversed(range(len(self._buckets))):
-            if self._buckets[i] > demand.num_beside and self._fits(self._buckets[i], demand, demand.pace_s):
+            if self._buckets[i] > demand.num_beside and self._fits(self._buckets[i], demand, allowed_s):
                 return self._fill[i](demand)
         return demand.num_beside
 
-    def _fits(self, bucket: int, demand: Demand, pace_s: float) -> bool:
+    def _allowed_s(self, demand: Demand, pace_s: float) -> float:
+        """What pp steps in a row may take.
+
+        Longer ones than those behind them find the later stages idle, and leave them waiting: a token that the steps
+        behind drew comes round after 2 pp - 1 of them, less the pp - 1 that passed the later stages meanwhile.
+        """
+        if not demand.behind:
+            return pace_s
+        num_more = self._num_stages - 1
+        shortest_s = min(0.0 if plan is None else self._expected_s(plan) for plan in demand.behind)
+        return min(pace_s, (pace_s + num_more * shortest_s) * self._num_stages / (self._num_stages + num_more))
+
+    def _expected_s(self, plan: StepPlan) -> float:
+        return self._times.expected_s(plan.bucket, plan.num_decode_keys, plan.num_prefill_keys)
+
+    def _fits(self, bucket: int, demand: Demand, allowed_s: float) -> bool:
         left, num_keys = bucket - demand.num_beside, 0
         for start, num_tokens in demand.prefills:
             length = min(left, num_tokens)
@@ -247,12 +267,12 @@ class KeepPace:
             if not left:
                 break
         if not demand.alternates:
-            return self._num_stages * self._times.bound_s(bucket, demand.num_decode_keys, num_keys) <= pace_s
+            return self._num_stages * self._times.bound_s(bucket, demand.num_decode_keys, num_keys) <= allowed_s
         # A step of prompts and one of decodes, as often as it takes a token to come round and find one of decodes.
         decode_bucket = self._buckets[bisect.bisect_left(self._buckets, demand.num_decodes, hi=len(self._buckets) - 1)]
         pair_s = self._times.bound_s(bucket, 0, num_keys)
         pair_s += self._times.bound_s(decode_bucket, demand.num_decode_keys, 0)
-        return (self._num_stages + 1) // 2 * pair_s <= pace_s
+        return (self._num_stages + 1) // 2 * pair_s <= allowed_s
 
 
 class Executor(Protocol):

@@ -96,7 +96,8 @@ class SarathiScheduler(ChunkingScheduler):
         num_tokens = sum(length for _, length in prefills)
         share = TokenBudget(max(SMALLEST_SHARE, -(-num_tokens // self._num_stages)))
         own = tuple((start, taken) for start, length in prefills if (taken := share.take(length)))
-        limit = self._chooser(Demand(num_decodes, own, num_keys, self._tightest_pace_s(live)))
+        behind = () if self._num_stages == 1 else tuple(self._behind)
+        limit = self._chooser(Demand(num_decodes, own, num_keys, self._tightest_pace_s(live), behind=behind))
         self._limit = max(self._buckets[0], min(limit, self._buckets[-1]))
         if self._num_stages > 1:
             self._limit = max(self._limit, num_decodes)  # the bucket of all must hold them

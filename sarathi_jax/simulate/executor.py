@@ -70,7 +70,7 @@ class SimulatedExecutor:
       times: of the stages.
       clock: of the engine.
       num_stages: pp.
-      learns: told how long steps of a single stage took, as `DriftObserver` does it; None: nobody.
+      learns: told how long steps took, as `DriftObserver` does it; None: nobody.
     """
 
     def __init__(self, times: StageTimes, clock: SimulatedClock, num_stages: int, learns: StepTimes | None = None):
@@ -87,15 +87,16 @@ class SimulatedExecutor:
             return None
         self.num_steps += 1
         seconds, send_s = self._times(plan)
-        at_s = max(self._clock.now_s(), self._done_s[0])
-        began_s = at_s = max(at_s, self._free_s[0])
+        launched_s = self._clock.now_s()
+        at_s = max(launched_s, self._done_s[0], self._free_s[0])
         for stage, stage_s in enumerate(seconds):
             at_s = max(at_s + send_s * (stage > 0), self._free_s[stage]) + stage_s
             self._free_s[stage] = at_s
             self.busy_s[stage] += stage_s
+        if self._learns is not None:
+            stage_s = min(at_s - max(launched_s, self._done_s[-1]), (at_s - launched_s) / len(seconds))
+            self._learns.observe(plan.bucket, plan.num_decode_keys, plan.num_prefill_keys, stage_s)
         self._done_s.append(at_s)
-        if self._learns is not None and len(seconds) == 1:
-            self._learns.observe(plan.bucket, plan.num_decode_keys, plan.num_prefill_keys, at_s - began_s)
         return Simulated(len(plan.chunks), at_s)
 
     def collect(self, handle: Simulated) -> StepResult:

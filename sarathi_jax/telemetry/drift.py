@@ -10,14 +10,17 @@ class DriftObserver:
 
     Args:
       times: to correct.
+      num_stages: pp. While not every stage has a step, one takes the time of all stages, of which each has its share.
     """
 
-    def __init__(self, times: StepTimes):
+    def __init__(self, times: StepTimes, num_stages: int = 1):
         self._times = times
+        self._num_stages = num_stages
 
     def on_step(self, record: StepRecord) -> None:
         plan = record.plan
-        self._times.observe(plan.bucket, plan.num_decode_keys, plan.num_prefill_keys, record.duration_s)
+        stage_s = min(record.duration_s, (record.ended_s - record.launched_s) / self._num_stages)
+        self._times.observe(plan.bucket, plan.num_decode_keys, plan.num_prefill_keys, stage_s)
 
     def on_end(self, output: RequestOutput) -> None:
         pass

@@ -1,9 +1,11 @@
 """The chooser that keeps a promised time between tokens."""
 
+import dataclasses
+
 import pytest
 
 from sarathi_jax.latency import LatencyTable, StepTimes, Timing, chunk_keys
-from sarathi_jax.scheduling.plan import Demand, FillToEdge, KeepPace
+from sarathi_jax.scheduling.plan import Chunk, Demand, FillToEdge, KeepPace, StepPlan
 
 BUCKETS = (8, 64, 256)
 PROMPT = ((0, 10_000),)
@@ -67,6 +69,16 @@ def test_a_pipeline_goes_round_once_a_token():
     demand = Demand(4, PROMPT, 100, pace_s=0.050)
     assert chooser(num_stages=1)(demand) == 256
     assert chooser(num_stages=4)(demand) == 64
+
+
+def test_steps_of_a_pipeline_grow_from_round_to_round():
+    """Two stages: a token of a short step comes round after three long ones, less the short one."""
+    step_s = chooser()._expected_s(plan := StepPlan((Chunk(0, 99, 1, True),), 256, 1))
+    demand = Demand(4, PROMPT, 100, pace_s=0.08, behind=(plan, plan))
+    assert step_s == pytest.approx(0.0257)
+    assert chooser(num_stages=2)(demand) == 256
+    assert chooser(num_stages=2)(dataclasses.replace(demand, behind=(plan, None))) == 64
+    assert chooser(num_stages=2)(dataclasses.replace(demand, pace_s=0.2, behind=(None, None))) == 256
 
 
 def test_keys_are_counted_over_all_prompts_that_fit():

@@ -1,5 +1,6 @@
 """Metrics, trace and live view against the steps that they were told of."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sarathi_jax.latency import Backlog, LatencyTable, StepTimes, Timing
 from sarathi_jax.request import CompletionOutput, RequestMetrics, RequestOutput
 from sarathi_jax.scheduling.plan import Chunk, SchedulerState, StepPlan
+from sarathi_jax.telemetry.drift import DriftObserver
 from sarathi_jax.telemetry.live import NUM_STEPS, LiveView
 from sarathi_jax.telemetry.metrics import Metrics
 from sarathi_jax.telemetry.steps import StepRecord
@@ -42,6 +44,16 @@ def samples(text: bytes) -> dict[tuple, float]:
         for family in text_string_to_metric_families(text.decode())
         for sample in family.samples
     }
+
+
+@pytest.mark.parametrize(("waited_s", "num_stages", "ratio"), [(0.0, 1, 2.0), (0.0, 2, 1.0), (0.02, 2, 2.0)])
+def test_drift_is_a_stage_s(waited_s: float, num_stages: int, ratio: float):
+    """A step of 20 ms, tabulated with 10, alone in the pipeline or behind another."""
+    times = StepTimes(LatencyTable([Timing(16, d, d, 1 - d, 0.01) for d in (0, 1)]))
+    told = dataclasses.replace(record(), launched_s=1.0 - waited_s, started_s=1.0, ended_s=1.02)
+    for _ in range(200):
+        DriftObserver(times, num_stages).on_step(told)
+    assert times.drift == pytest.approx(ratio, rel=0.01)
 
 
 def test_metrics_count_what_happened():
