@@ -161,7 +161,11 @@ def run(experiment: Experiment, options: Options) -> Section:
         "the paper.",
         text,
         {"cells": rows},
-        {"tbt": functools.partial(grouped_bars, groups, title="P99 TBT of each idea", y="seconds", marks=marks)},
+        {
+            "tbt": functools.partial(
+                grouped_bars, groups, title="P99 TBT of each idea", y="seconds", marks=marks, y_scale="log"
+            )
+        },
     )
 
 

@@ -8,7 +8,8 @@ from typing import Any
 from sarathi_jax.telemetry.plots.style import NOTE_COLOUR, line_styles, picture, plain_ticks
 
 Points = Sequence[tuple[float, float]]
-Scale = str
+# Bars of one colour are told apart as lines are.
+_HATCHES = {"-": "", "--": "//", ":": "..", "-.": "xx"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,7 @@ def grouped_bars(
     title: str,
     y: str,
     marks: Mapping[str, Mapping[str, float]],
+    y_scale: str = "linear",
 ) -> None:
     """Bars of several names in each group, and the paper's number as a black line over each.
 
@@ -66,6 +68,7 @@ def grouped_bars(
       title: over it.
       y: name of the axis.
       marks: the paper's, in the same way; what is missing has no line.
+      y_scale: "linear" or "log".
     """
     names = list(next(iter(groups.values())))
     width = 0.8 / len(names)
@@ -73,7 +76,10 @@ def grouped_bars(
         for index, (name, style) in enumerate(line_styles(names).items()):
             places = [group + (index - (len(names) - 1) / 2) * width for group in range(len(groups))]
             values = [group[name] for group in groups.values()]
-            axes.bar(places, values, 0.92 * width, color=style["color"], label=name)
+            hatch = _HATCHES[style["linestyle"]]
+            axes.bar(
+                places, values, 0.92 * width, color=style["color"], label=name, hatch=hatch, edgecolor="white", lw=0
+            )
             for place, value, group in zip(places, values, groups, strict=True):
                 theirs = marks.get(group, {}).get(name)
                 top = value
@@ -84,9 +90,12 @@ def grouped_bars(
         if any(marks.values()):
             axes.plot([], [], color="black", lw=2, label="the paper's")
         axes.set_xticks(range(len(groups)), list(groups))
-        axes.set(ylabel=y, ylim=(0, None))
+        axes.set(ylabel=y, yscale=y_scale)
+        if y_scale == "log":
+            plain_ticks(axes.yaxis)
+            axes.set_ylim(0.7 * min(min(group.values()) for group in groups.values()), None)
         axes.margins(y=0.12)
-        axes.legend(loc="best", fontsize=9)
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
         axes.set_title(title)
 
 
