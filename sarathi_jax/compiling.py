@@ -6,7 +6,8 @@ from pathlib import Path
 
 import jax
 
-_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+"""Of JAX, for each program that XLA compiles or that comes from the compile cache."""
 
 
 class CompileCounter:
@@ -19,7 +20,7 @@ class CompileCounter:
 
         def on_event(event: str, duration_secs: float, **kwargs: str | int) -> None:
             counter = this()
-            if counter is not None and event == _COMPILE_EVENT:
+            if counter is not None and event == COMPILE_EVENT:
                 counter.count += 1
 
         jax.monitoring.register_event_duration_secs_listener(on_event)

@@ -22,6 +22,7 @@ import jaxlib
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
 import pallas_kernels
+from sarathi_jax.compiling import COMPILE_EVENT
 
 _CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 
@@ -39,7 +40,8 @@ class ProgramStore:
         self._directory = directory
         self._environment = _environment()
         self._code = _code()
-        self._hits: set[int] = set()  # threads whose latest program came from JAX's own cache
+        # Threads whose latest program came from JAX's own cache, or was made by XLA (or read from that cache) at all.
+        self._hits, self._made = set[int](), set[int]()
         this = weakref.ref(self)
 
         def on_event(event: str, **kwargs: str | int) -> None:
@@ -47,8 +49,15 @@ class ProgramStore:
             if store is not None and event == _CACHE_HIT_EVENT:
                 store._hits.add(threading.get_ident())
 
+        def on_duration(event: str, duration_secs: float, **kwargs: str | int) -> None:
+            store = this()
+            if store is not None and event == COMPILE_EVENT:
+                store._made.add(threading.get_ident())
+
         jax.monitoring.register_event_listener(on_event)
+        jax.monitoring.register_event_duration_secs_listener(on_duration)
         weakref.finalize(self, jax.monitoring.unregister_event_listener, on_event)
+        weakref.finalize(self, jax.monitoring.unregister_event_duration_listener, on_duration)
 
     def get(self, about: str, devices: Sequence[Any], trace: Callable[[], jax.stages.Traced]) -> jax.stages.Compiled:
         """A program as stored, or else compiled and stored.
@@ -71,10 +80,14 @@ class ProgramStore:
         path = self._path(f"{place} {lowered.in_tree} {lowered.out_tree} {lowered.as_text()}", "program")
         program = self._load(path, devices)
         if program is None:
-            self._hits.discard(threading.get_ident())
+            thread = threading.get_ident()
+            self._hits.discard(thread)
+            self._made.discard(thread)
             program = lowered.compile()
-            # On a CPU, what came out of JAX's cache lacks functions when it is written once more.
-            if threading.get_ident() in self._hits or not self._write(path, lambda: pickle.dumps(serialize(program))):
+            # On a CPU, what came out of JAX's cache lacks functions when it is written once more. What JAX had in memory
+            # may have come from there before.
+            is_new = thread in self._made and thread not in self._hits
+            if not is_new or not self._write(path, lambda: pickle.dumps(serialize(program))):
                 return program
         self._write(name, lambda: path.name.encode())
         return program

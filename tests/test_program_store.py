@@ -101,6 +101,15 @@ def test_a_program_of_other_devices_is_another(tmp_path, factor):
             assert program(jax.device_put(jnp.ones(3), here)).devices() == {device}
 
 
+def test_what_jax_had_in_memory_is_not_stored(tmp_path, factor):
+    """It may have come from JAX's own cache, and lack functions when it is written once more."""
+    function, shape = jax.jit(lambda x: factor * x), jax.ShapeDtypeStruct((3,), jnp.float32)
+    function.trace(shape).lower().compile()
+    program = ProgramStore(tmp_path).get("times", jax.devices()[:1], lambda: function.trace(shape))
+    assert program(jnp.ones(3))[0] == jnp.float32(factor)
+    assert not list(tmp_path.glob("*.program"))
+
+
 def test_settings_make_another_program(tmp_path, monkeypatch, factor):
     def get(trace):
         ProgramStore(tmp_path).get("times", jax.devices()[:1], trace)
