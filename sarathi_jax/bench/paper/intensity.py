@@ -84,7 +84,7 @@ def run(experiment: Experiment, options: Options) -> Section:
         ]
     )
     intensities = Panel(
-        f"Intensity of a layer ({experiment.settings['deployment']['name']})",
+        f"Intensity of a layer, TP{roofline.tp}",
         {
             "products (prompts)": [(row["tokens"], row["products_flops_per_byte"]) for row in rows],
             f"whole layer, decodes at {settings.context}": [
