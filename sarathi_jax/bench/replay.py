@@ -22,7 +22,7 @@ _FIRST_TOKEN = 10  # below are a vocabulary's special tokens
 
 
 def random_prompts(requests: Sequence[TimedRequest], vocab_size: int, seed: int) -> list[np.ndarray]:
-    """Prompts of random tokens, which share no prefix: i32[prompt] each.
+    """Prompts of random tokens, which share no prefix but that of their group: i32[prompt] each.
 
     Args:
       requests: whose prompts.
@@ -30,7 +30,15 @@ def random_prompts(requests: Sequence[TimedRequest], vocab_size: int, seed: int)
       seed: the same one gives the same prompts.
     """
     generator, first = np.random.default_rng(seed), min(_FIRST_TOKEN, vocab_size - 1)
-    return [generator.integers(first, vocab_size, request.prompt, dtype=np.int32) for request in requests]
+    prompts = []
+    for request in requests:
+        shared = 0 if request.group is None else min(request.shared, request.prompt)
+        own = generator.integers(first, vocab_size, request.prompt - shared, dtype=np.int32)
+        if shared:
+            of_group = np.random.default_rng([seed, request.group])
+            own = np.concatenate([of_group.integers(first, vocab_size, shared, dtype=np.int32), own])
+        prompts.append(own)
+    return prompts
 
 
 def replay(

@@ -76,6 +76,8 @@ def run(values: flags.FlagValues, arguments: Sequence[str]) -> int:
     elif model.engine:
         raise UsageError(f"--{next(iter(model.engine))} is for the server at --url to know: give it there")
     spec.open()  # what is wrong with it is told before a model is loaded
+    if values.texts is not None and spec.groups is not None:
+        raise UsageError("--groups are of random prompts: leave out --texts, or --groups and --shared_tokens")
     documents = None if values.texts is None else read_documents(Path(values.texts).expanduser())
     measured, about = (_here if values.url is None else _there)(values, spec, model, documents)
 

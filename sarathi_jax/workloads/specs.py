@@ -16,7 +16,7 @@ from sarathi_jax.workloads.lengths import (
     zipf,
 )
 from sarathi_jax.workloads.traces import Dataset, dataset
-from sarathi_jax.workloads.workload import Workload
+from sarathi_jax.workloads.workload import Workload, check_groups
 
 _LENGTHS = "fixed:512:64, uniform:100-1000:10-100 (prompt, output) or zipf:64-2048:4 (total, prompt tokens a token)"
 _ARRIVALS = "poisson, static, gamma:2, bursts:5:5 or recorded"
@@ -39,6 +39,8 @@ class WorkloadSpec:
       num_requests: None: all of recorded arrivals, otherwise 128.
       seed: the same one gives the same lengths, arrivals and prompts.
       context: tokens to which all lengths are scaled by one factor; None: the model's, where the longest exceeds it.
+      groups: each request is in one of so many, whose prompts begin alike; None: no prompts do.
+      shared_tokens: so many tokens at the beginning of a group's prompts are equal.
 
     Raises:
       WorkloadError: one of them makes no sense.
@@ -52,6 +54,8 @@ class WorkloadSpec:
     num_requests: int | None = None
     seed: int = 0
     context: int | None = None
+    groups: int | None = None
+    shared_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.trace is not None and self.lengths is not None:
@@ -67,6 +71,7 @@ class WorkloadSpec:
             raise WorkloadError(f"num_requests must be at least 1, not {self.num_requests}")
         if self.context is not None:
             check_range("context", self.context, self.context, at_least=2)
+        check_groups(self.groups, self.shared_tokens)
 
     @property
     def has_rate(self) -> bool:
@@ -99,7 +104,7 @@ class WorkloadSpec:
         context = self.context
         if context is None and model_context is not None and lengths.longest > model_context:
             context = model_context
-        return Workloads(lengths, arrivals, number, context)
+        return Workloads(lengths, arrivals, number, context, self.groups, self.shared_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,12 +116,15 @@ class Workloads:
       arrivals: makes a source of arrivals of a rate, which static and recorded ones do not look at.
       number: of requests.
       context: to which lengths are scaled; None: they are left as they are.
+      groups, shared_tokens: of `Workload`.
     """
 
     lengths: Dataset
     arrivals: Callable[[float | None], ArrivalSource]
     number: int
     context: int | None
+    groups: int | None = None
+    shared_tokens: int | None = None
 
     @property
     def source(self) -> str:
@@ -132,7 +140,16 @@ class Workloads:
           WorkloadError: arrivals that need a rate, and none is given.
         """
         longest = None if self.context is None else self.lengths.longest
-        return Workload(self.lengths.draw, self.arrivals(rate), self.number, seed, self.context, longest)
+        return Workload(
+            self.lengths.draw,
+            self.arrivals(rate),
+            self.number,
+            seed,
+            self.context,
+            longest,
+            self.groups,
+            self.shared_tokens,
+        )
 
 
 def lengths_of(spec: str) -> Dataset:

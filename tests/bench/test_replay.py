@@ -129,6 +129,16 @@ def test_random_prompts_are_the_same_for_a_seed():
     assert min(prompt.min() for prompt in one) >= 10
 
 
+def test_random_prompts_of_a_group_begin_alike():
+    requests = [TimedRequest(0.0, 9 + i, 3, group=i % 2, shared=6 + i) for i in range(4)]
+    prompts = [prompt.tolist() for prompt in random_prompts([*requests, TimedRequest(0.0, 9, 3)], 32_000, 0)]
+    assert [len(prompt) for prompt in prompts] == [9, 10, 11, 12, 9]
+    assert prompts[0][:6] == prompts[2][:6]
+    assert prompts[0][6:9] != prompts[2][6:9]
+    assert prompts[1][:7] == prompts[3][:7]
+    assert len({tuple(prompt[:6]) for prompt in prompts}) == 3
+
+
 @pytest.mark.slow
 def test_a_run_is_written_as_tables_a_trace_and_pictures(model, tmp_path):
     run = replay(llm_of(model), [TimedRequest(0.0, 20, 4)] * 3, progress=False)

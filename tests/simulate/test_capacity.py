@@ -44,6 +44,7 @@ def test_a_bound_by_tbt_is_found_from_anywhere(guess, tolerance):
     assert "requests/s; from" in str(capacity)
 
 
+@pytest.mark.slow
 def test_a_bound_by_delay_comes_out_as_much_too_high_as_the_run_is_short():
     """Ten a second are served: delays grow without end beyond it, but slowly just beyond it."""
     found = [find_capacity(lambda r, s, n=n: queue(r, s, number=n), tbt_slo_s=0.1, tolerance=0.01) for n in (200, 1600)]

@@ -9,6 +9,7 @@ import pytest
 from sarathi_jax.cli import main
 
 FEW = ("--lengths=fixed:200:20", "--num_requests=12")
+APART = ("--prefill_replicas=1", "--decode_replicas=1")
 MISTRAL = ("--model=mistral-7b", "--max_model_len=4096", "--max_num_seqs=8")
 
 
@@ -16,6 +17,7 @@ def run(*arguments):
     return main(["sarathi-jax", *arguments])
 
 
+@pytest.mark.slow
 def test_simulate_tells_and_writes_a_run(tmp_path, capsys):
     assert run("simulate", *MISTRAL, *FEW, "--rate=5", "--slo_ms=50", f"--out={tmp_path}") == 0
     told = capsys.readouterr()
@@ -27,6 +29,33 @@ def test_simulate_tells_and_writes_a_run(tmp_path, capsys):
     assert capsys.readouterr().out == told.out.partition("\nwritten to")[0]
 
 
+@pytest.mark.slow
+def test_prefill_and_decode_apart(tmp_path, capsys):
+    pools = ("--prefill_replicas=1", "--decode_replicas=2", "--decode_device=h100", "--kv_link_latency_ms=500")
+    assert run("simulate", *MISTRAL, *FEW, "--rate=5", *pools, f"--out={tmp_path}") == 0
+    told = capsys.readouterr()
+    assert "12 arrived, 12 ended" in told.out
+    assert "prefill: 1 x a100-80gb: dp=1" in told.err
+    assert "decode: 2 x h100: dp=2" in told.err
+    rows = list(csv.DictReader((tmp_path / "samples.csv").open()))
+    assert len(rows) == 12
+    assert run("simulate", *MISTRAL, *FEW, "--rate=5", *pools[:2], "--decode_tp=2", "--kv_link_gb_s=900") == 0
+    assert "decode: 4 x a100-80gb: dp=2 tp=2" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_groups_find_their_prefix_by_routing(tmp_path, capsys):
+    arguments = ("--lengths=fixed:800:5", "--num_requests=30", "--rate=20", "--dp=3")
+    computed = {}
+    for routing in ("round_robin", "prefix_affinity"):
+        groups = ("--groups=5", "--shared_tokens=640", f"--routing={routing}", f"--out={tmp_path / routing}")
+        assert run("simulate", *MISTRAL, *arguments, *groups) == 0
+        tables = (tmp_path / routing).glob("steps-*.csv")
+        computed[routing] = sum(int(row["num_tokens"]) for path in tables for row in csv.DictReader(path.open()))
+    assert computed["prefix_affinity"] < computed["round_robin"] < 30 * 804
+
+
+@pytest.mark.slow
 def test_capacity_tells_and_writes_a_search(tmp_path, capsys):
     arguments = ("--slo_ms=15", "--num_seeds=1", "--tolerance=0.2", "--guess=20", f"--out={tmp_path}")
     assert run("capacity", *MISTRAL, *FEW, *arguments) == 0
@@ -45,6 +74,7 @@ def test_capacity_where_nothing_meets_the_slo(capsys):
     assert "no rate meets it (P99 TBT of 2 ms" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_plan_tells_and_writes_choices(tmp_path, capsys):
     options = ("--devices=a100-80gb,a40", "--tps=1", "--pps=1", "--budgets=256", "--price=a40=100", "--num_seeds=1")
     asked = ("--rate=10", "--slo_ms=100", "--tolerance=0.2")
@@ -80,6 +110,14 @@ def test_a_plan_that_nothing_serves_fails_with_reasons(capsys):
         (("simulate", "--model=llama2-70b", "--tp=16", "--rate=1"), "no link joins 16 a100-80gb"),
         (("simulate", "--model=mistral-7b", "--pp=2", "--table=/none.json", "--rate=1"), "none.json"),
         (("simulate", "--model=mistral-7b", "--rate=1", "--time_limit_s=0"), "--time_limit_s=0 must be above 0"),
+        (("simulate", "--rate=1", "--groups=3"), "groups and shared_tokens go together"),
+        (("simulate", "--rate=1", "--prefill_replicas=1"), "go together: how many of each"),
+        (("simulate", "--rate=1", "--decode_tp=2"), "--decode_tp needs --prefill_replicas"),
+        (("simulate", "--rate=1", *APART, "--dp=2"), "--dp does not go with"),
+        (("simulate", "--rate=1", *APART, "--time_limit_s=2"), "--time_limit_s does not go with"),
+        (("simulate", "--rate=1", *APART, "--kv_link_gb_s=0"), "--kv_link_gb_s=0 must be above 0"),
+        (("simulate", "--rate=1", *APART, "--decode_device=h10"), "--decode_device: .*do you mean h100"),
+        (("simulate", "--model=mistral-7b", "--rate=1", *APART, "--decode_tp=3"), "the decode replicas: .*tp"),
         (("capacity", "--model=mistral-7b"), "--slo_ms says"),
         (("capacity", "--model=mistral-7b", "--slo_ms=0"), "above 0"),
         (("capacity", "--model=mistral-7b", "--slo_ms=9", "--arrivals=static"), "no rate to look for"),

@@ -2,6 +2,8 @@
 
 import functools
 
+import pytest
+
 from sarathi_jax.config import EngineConfig
 from sarathi_jax.latency import DEVICES
 from sarathi_jax.resources import config_path
@@ -29,6 +31,7 @@ def test_a_run_without_hope_is_given_up():
     assert not cut.keeps_promise(0.1)
 
 
+@pytest.mark.slow
 def test_giving_up_changes_no_capacity():
     def whole(rate, seed):
         return simulate(workload(rate, seed).requests(), DEPLOYMENT, seed=seed, keep_steps=False)

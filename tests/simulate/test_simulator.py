@@ -62,7 +62,16 @@ def test_a_measured_table_goes_before_the_roofline():
 
 
 @pytest.mark.parametrize("policy", ["sarathi", "vllm"])
-@pytest.mark.parametrize("settings", [{}, {"overlap": True}, {"pp": 2}, {"num_blocks": 110}, {"dp": 3}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        pytest.param({"overlap": True}, marks=pytest.mark.slow),
+        pytest.param({"pp": 2}, marks=pytest.mark.slow),
+        {"num_blocks": 110},
+        pytest.param({"dp": 3}, marks=pytest.mark.slow),
+    ],
+)
 def test_everything_ends_and_is_the_same_again(policy: str, settings: dict[str, Any]):
     requests = workload(rate=20, number=60)
     one = deployment(policy=policy, token_budget=2048, **settings)
@@ -118,6 +127,7 @@ def test_who_is_cut_off_counts_as_waiting():
     assert looks[-1].num_waiting > 0
 
 
+@pytest.mark.slow
 def test_requests_are_routed():
     groups = [TimedRequest(0.01 * i, 800, 20, group=i % 5, shared=640) for i in range(60)]
     three = deployment(dp=3)

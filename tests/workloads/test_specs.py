@@ -98,3 +98,10 @@ def test_a_rate_can_be_looked_for():
     assert [r.prompt for r in slow] == [r.prompt for r in quick]
     assert [r.arrival_s for r in slow] == pytest.approx([2 * r.arrival_s for r in quick])
     assert WorkloadSpec(arrivals="static").has_rate is False
+
+
+def test_groups_in_flags():
+    workload = workload_of(given("--lengths=fixed:30:5", "--rate=1", "--groups=2", "--shared_tokens=20"))
+    assert {(one.group, one.shared) for one in workload.requests()} == {(0, 20), (1, 20)}
+    with pytest.raises(UsageError, match="go together"):
+        workload_of(given("--rate=1", "--groups=2"))

@@ -1,5 +1,6 @@
 """Arrivals, and what they and lengths make together."""
 
+import dataclasses
 import functools
 import itertools
 import statistics
@@ -105,3 +106,20 @@ def test_a_workload_is_scaled_to_a_context():
         Workload(functools.partial(fixed, 1, 1), static, 2, context=1024)
     with pytest.raises(WorkloadError, match="at least 1 request, not 0"):
         Workload(functools.partial(fixed, 1, 1), static, 0)
+
+
+def test_groups_share_the_beginning_of_their_prompts():
+    plain = Workload(functools.partial(synthesise, CHAT), functools.partial(poisson, 2.0), 200, seed=1)
+    grouped = dataclasses.replace(plain, groups=4, shared_tokens=1000)
+    requests = grouped.requests()
+    assert requests == grouped.requests()
+    assert [dataclasses.replace(one, group=None, shared=0) for one in requests] == plain.requests()
+    assert {one.group for one in requests} == {0, 1, 2, 3}
+    assert all(one.shared == min(1000, one.prompt) for one in requests)
+    assert requests != dataclasses.replace(grouped, seed=2).requests()
+
+
+@pytest.mark.parametrize("groups", [{"groups": 4}, {"shared_tokens": 9}, {"groups": 0, "shared_tokens": 9}])
+def test_groups_that_cannot_be(groups):
+    with pytest.raises(WorkloadError, match="groups"):
+        Workload(functools.partial(fixed, 5, 5), static, 3, **groups)
