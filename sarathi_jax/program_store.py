@@ -84,8 +84,8 @@ class ProgramStore:
             self._hits.discard(thread)
             self._made.discard(thread)
             program = lowered.compile()
-            # On a CPU, what came out of JAX's cache lacks functions when it is written once more. What JAX had in memory
-            # may have come from there before.
+            # On a CPU, what came out of JAX's cache lacks functions when it is written once more; and what JAX had in
+            # memory may have come from there before.
             is_new = thread in self._made and thread not in self._hits
             if not is_new or not self._write(path, lambda: pickle.dumps(serialize(program))):
                 return program
