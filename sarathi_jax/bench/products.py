@@ -1,6 +1,6 @@
 """Times products of matrices on this device, for ``main.py calibrate``: one CSV line ``m,k,n,ms`` each.
 
-  python -m sarathi_jax.bench.products --out products.csv --sizes 1024x3072,1024x1024,4096x1024 --factor_dtype bfloat16
+  python -m sarathi_jax.bench.products --out products.csv --sizes 1024x3072,1024x1024,4096x1024 --dtype bfloat16
   python main.py calibrate --products products.csv --device cpu --peak_tflops 0.32 --bandwidth_gb_s 20 --out mine.yaml
 
 Each time is the median of several runs over copies of the weights in turn, so that hardly any of them is still in a
@@ -22,7 +22,7 @@ from tqdm import tqdm
 _OUT = flags.DEFINE_string("out", None, "CSV file to write", required=True)
 _SIZES = flags.DEFINE_string("sizes", "1024x3072,1024x1024,4096x1024", "KxN of weights, with commas between")
 _TOKENS = flags.DEFINE_list("tokens", "1,8,64,128,256,512,1024", "rows m")
-_DTYPE = flags.DEFINE_enum("factor_dtype", "bfloat16", ("float32", "bfloat16"), "of both factors")
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ("float32", "bfloat16"), "of both factors")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "runs of each product", lower_bound=1)
 
 _WEIGHT_BYTES = 256 << 20  # all copies of a weight together: more than caches hold
