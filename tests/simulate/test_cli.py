@@ -51,8 +51,8 @@ def test_groups_find_their_prefix_by_routing(tmp_path, capsys):
         groups = ("--groups=5", "--shared_tokens=640", f"--routing={routing}", f"--out={tmp_path / routing}")
         assert run("simulate", *MISTRAL, *arguments, *groups) == 0
         tables = (tmp_path / routing).glob("steps-*.csv")
-        computed[routing] = sum(int(row["num_tokens"]) for path in tables for row in csv.DictReader(path.open()))
-    assert computed["prefix_affinity"] < computed["round_robin"] < 30 * 804
+        computed[routing] = sum(int(row["prefill_tokens"]) for path in tables for row in csv.DictReader(path.open()))
+    assert computed["prefix_affinity"] < computed["round_robin"] < 30 * 800
 
 
 @pytest.mark.slow

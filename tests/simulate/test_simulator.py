@@ -68,7 +68,7 @@ def test_a_measured_table_goes_before_the_roofline():
         {},
         pytest.param({"overlap": True}, marks=pytest.mark.slow),
         pytest.param({"pp": 2}, marks=pytest.mark.slow),
-        {"num_blocks": 110},
+        pytest.param({"num_blocks": 110}, marks=pytest.mark.slow),
         pytest.param({"dp": 3}, marks=pytest.mark.slow),
     ],
 )
