@@ -34,7 +34,7 @@ def random_prompts(requests: Sequence[TimedRequest], vocab_size: int, seed: int)
     for request in requests:
         shared = 0 if request.group is None else min(request.shared, request.prompt)
         own = generator.integers(first, vocab_size, request.prompt - shared, dtype=np.int32)
-        if shared:
+        if shared and request.group is not None:
             of_group = np.random.default_rng([seed, request.group])
             own = np.concatenate([of_group.integers(first, vocab_size, shared, dtype=np.int32), own])
         prompts.append(own)
