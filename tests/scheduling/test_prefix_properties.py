@@ -8,7 +8,7 @@ from hypothesis import given
 from tests.scheduling.drive import Arrival, Case, Drive, expected_tokens
 from tests.scheduling.random_cases import PIPELINE, cases, cases_of
 
-FEW = pytest.mark.parametrize("num_cases", [12, pytest.param(80, marks=pytest.mark.slow)])
+FEW = pytest.mark.parametrize("num_cases", [12, pytest.param(160, marks=pytest.mark.slow)])
 
 
 @FEW
