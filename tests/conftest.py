@@ -13,14 +13,15 @@ REPO = Path(__file__).resolve().parent.parent
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # Virtual ones; who asks for no mesh uses the first alone.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# Workers of pytest-xdist inherit the environment, so one compiles for all.
+OWN_CACHE = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="sarathi-jax-test-cache-")
+if OWN_CACHE is not None:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = OWN_CACHE
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Before anything imports jax. Workers of pytest-xdist inherit the environment, so one compiles for all.
-    if not hasattr(config, "workerinput") and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = tempfile.mkdtemp(prefix="sarathi-jax-test-cache-")
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
-        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    if OWN_CACHE is not None:
+        config.add_cleanup(lambda: shutil.rmtree(OWN_CACHE, ignore_errors=True))
 
 
 @pytest.fixture(scope="session")

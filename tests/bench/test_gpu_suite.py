@@ -181,12 +181,15 @@ def test_page_says_dry_run_and_why_rows_are_missing(tmp_path):
         row = {"time_us": 9.0, "percent_of_bandwidth": percent, "host_bound": False}
         results.measure(backend, lambda row=row: row, kind="decode", backend=backend, workload="decode one")
     results.measure("absent", refuse)
-    capacity.run(results_in(tmp_path, "capacity"))
+    served = {"policy": "sarathi", "slo_s": 0.1, "p50_ttft_s": 0.2, "median_delay_s": 0.1, "output_tok_s": 300.0}
+    for rate, p99_tbt_s in ((2.0, 0.05), (4.0, 0.15)):
+        row = {**served, "rate": rate, "p99_tbt_s": p99_tbt_s, "keeps_promise": p99_tbt_s <= 0.1}
+        results.measure(f"capacity {rate}", lambda row=row: row, kind="capacity")
     page = report.write_page(tmp_path).read_text()
     for text in ("**DRY RUN", "CPU (dry run)", "0123abc", "| decode one | 9.0 (50 %) | 9.0 (10 %) |", "not here"):
         assert text in page
-    for policy in capacity.POLICIES:
-        assert f"capacity {policy} | skipped" in page
+    assert "a P99 TBT of 100 ms: sarathi 2/s." in page
+    assert "| sarathi | 4 | 0.200 | 150.0 | 0.100 | 300 | no |" in page
     assert "DRY RUN" in (tmp_path / "gpu-suite-decode.svg").read_text()
 
 
@@ -233,4 +236,7 @@ def test_command(tmp_path, repo):
         command = [sys.executable, "-m", "sarathi_jax.bench.gpu_suite", "--part", part, "--out", str(tmp_path)]
         done = subprocess.run([*command, "--dry_run"], cwd=repo, capture_output=True, text=True, timeout=250)
         assert done.returncode == 0, done.stderr
-    assert (tmp_path / "gpu-suite.md").read_text().count("skipped") == len(capacity.POLICIES)
+    page = (tmp_path / "gpu-suite.md").read_text()
+    assert "Not measured" not in page
+    for policy in capacity.POLICIES:
+        assert f"| {policy} | 20 |" in page

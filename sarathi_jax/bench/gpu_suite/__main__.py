@@ -55,7 +55,7 @@ def run_part(part: str, results: Results, limit_s: float) -> bool:
     """
     backends, dry_run = _BACKENDS.value, _DRY_RUN.value
     if part == "capacity":
-        return capacity.run(results)
+        return capacity.run(results, backends, dry_run)
     if part == "kernels-torch":
         return peers.run_torch(results, _PYTHON.value, limit_s, dry_run)
     if part in ("numerics", "kernels"):
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str]) -> None:
     if _DRY_RUN.value:
         jax.config.update("jax_platforms", "cpu")
         print("DRY RUN: tiny shapes on a CPU, no number of it says anything about a GPU", flush=True)
-    leaves_device = part == "capacity" or part.startswith(("peer", "kernels-torch"))
+    leaves_device = part.startswith(("peer", "kernels-torch"))
     results = Results(path, part, _DRY_RUN.value, _COMMIT.value, None if leaves_device else device_works)
     # A peer has to end before the watch ends everything.
     if not run_part(part, results, max(1.0, _LIMIT_S.value - 20)):

@@ -81,6 +81,8 @@ def _sections(documents: Sequence[tuple[str, Any]], folder: Path) -> list[str]:
     parts = sorted({row["part"] for row in measured if row["part"].startswith("model-")})
     for part in parts:
         found += [f"## {part}", *_model(part, measured)]
+    if of_kind["capacity"]:
+        found += ["## Capacity of the policies", _capacity(of_kind["capacity"])]
     return [text for text in found if text]
 
 
@@ -154,6 +156,25 @@ def _model(part: str, measured: Sequence[Row]) -> list[str]:
     columns = {"decodes": lambda r: str(r["num_seqs"]), "host time of a step, us": lambda r: f"{r['time_us']:.0f}"}
     found.append(_of_kind(rows, "host", columns))
     return found
+
+
+def _capacity(rows: Sequence[Row]) -> str:
+    """What each load does, and the largest one within the promise."""
+    columns: dict[str, Callable[[Row], str]] = {
+        "policy": lambda r: r["policy"],
+        "requests/s": lambda r: f"{r['rate']:g}",
+        "P50 TTFT, s": lambda r: f"{r['p50_ttft_s']:.3f}",
+        "P99 TBT, ms": lambda r: f"{1e3 * r['p99_tbt_s']:.1f}",
+        "median delay, s": lambda r: f"{r['median_delay_s']:.3f}",
+        "output tok/s": lambda r: f"{r['output_tok_s']:.0f}",
+        "kept": lambda r: "yes" if r["keeps_promise"] else "no",
+    }
+    kept = collections.defaultdict[str, float](float)
+    for row in rows:
+        kept[row["policy"]] = max(kept[row["policy"]], row["rate"] if row["keeps_promise"] else 0.0)
+    largest = ", ".join(f"{policy} {rate:g}/s" for policy, rate in kept.items())
+    note = f"Largest rate of those tried with a P99 TBT of {1e3 * rows[0]['slo_s']:g} ms: {largest}."
+    return f"{note}\n\n{_of_kind(rows, 'capacity', columns)}"
 
 
 def _of_kind(rows: Sequence[Row], kind: str, columns: Mapping[str, Callable[[Row], str]]) -> str:

@@ -66,7 +66,7 @@ def run(experiment: Experiment, options: Options) -> Section:
     settings, paper = experiment.settings_as(Settings), experiment.paper_as(Paper)
     if options.quick:
         settings = dataclasses.replace(
-            settings, served=settings.served[:1], traces=settings.traces[:1], number=64, seeds=(0,), tolerance=0.2
+            settings, served=settings.served[:1], traces=settings.traces[:1], number=192, seeds=(0,), tolerance=0.2
         )
     cells = [
         Cell(served, trace, level, policy, settings.number, settings.seeds, settings.tolerance)

@@ -106,7 +106,7 @@ class _Cell:
 def run(experiment: Experiment, options: Options) -> Section:
     settings, paper = experiment.settings_as(Settings), experiment.paper_as(Paper)
     if options.quick:
-        settings = dataclasses.replace(settings, rates=settings.rates[:_QUICK_RATES], number=64)
+        settings = dataclasses.replace(settings, rates=settings.rates[:_QUICK_RATES], number=128)
     cells = [_Cell(settings, line, rate) for line in settings.lines for rate in settings.rates]
     points = in_parallel(serve, cells, options, "loads")
     loads = {line.name: [load(points, line.name, slo_s) for slo_s in settings.slos_s] for line in settings.lines}
