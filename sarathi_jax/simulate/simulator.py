@@ -45,7 +45,7 @@ def simulate(
     if engine.prefix_caching and not any(request.shared for request in requests):
         engine = dataclasses.replace(engine, prefix_caching=False)  # without equal prompts it only costs time
     cluster = Cluster(dataclasses.replace(deployment, engine=engine), routing, seed, keep_steps)
-    return cluster.serve(_jobs(requests, deployment.model.vocab_size), limit_s, stop)
+    return cluster.serve(jobs_of(requests, deployment.model.vocab_size), limit_s, stop)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ def simulate_disaggregated(
     if pools.prefill.model != pools.decode.model:
         raise ConfigError("the prefill and the decode pool serve different models: give both the same")
     model = pools.prefill.model
-    jobs = _jobs(requests, model.vocab_size)
+    jobs = jobs_of(requests, model.vocab_size)
     prefill = Cluster(pools.prefill, routing, seed, keep_steps)
     begun = prefill.serve([dataclasses.replace(job, num_output=1) for job in jobs])
     decode_engine = dataclasses.replace(pools.decode.engine, prefix_caching=True)
@@ -116,7 +116,8 @@ def simulate_disaggregated(
     return Run(samples, max(begun.end_s, ended.end_s), begun.steps + ended.steps)
 
 
-def _jobs(requests: Sequence[TimedRequest], vocab_size: int) -> list[Job]:
+def jobs_of(requests: Sequence[TimedRequest], vocab_size: int) -> list[Job]:
+    """Requests with made-up prompts, named by their number."""
     return [
         Job(str(number), request.arrival_s, _tokens(number, request, vocab_size), request.output, request.group)
         for number, request in enumerate(requests)
