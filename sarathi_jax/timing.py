@@ -81,7 +81,7 @@ def measure(
     progress: bool = True,
     clock: Clock | None = None,
 ) -> LatencyTable:
-    """Runs every program on made-up sequences: full of decodes, and full of one prompt, at four fills of the cache.
+    """Runs every program on made-up sequences, at four fills of the cache: one decode, as many as fit, a full prompt.
 
     Args:
       engine, cache, runner, hosts: as of `latency_table`.
@@ -92,13 +92,18 @@ def measure(
     """
     clock = clock or WallClock()
     timings: dict[tuple[int, int, int, int], float] = {}
-    cases = [(bucket, decodes, fill) for bucket in engine.buckets for decodes in (True, False) for fill in FILLS]
-    for bucket, decodes, fill in tqdm(cases, "time", unit="program", disable=not progress, leave=False):
-        sample = _decodes(bucket, fill, engine, cache) if decodes else _prompt(bucket, fill, cache)
+    cases = [
+        (bucket, num_decodes, fill)
+        for bucket in engine.buckets
+        for num_decodes in (1, min(bucket, engine.max_running, cache.num_blocks), 0)
+        for fill in FILLS
+    ]
+    for bucket, num_decodes, fill in tqdm(cases, "time", unit="program", disable=not progress, leave=False):
+        sample = _decodes(bucket, num_decodes, fill, cache) if num_decodes else _prompt(bucket, fill, cache)
         num_keys = sum(chunk_keys(chunk.start, chunk.length) for chunk in sample.plan.chunks)
-        work = (bucket, len(sample.plan.chunks), num_keys, 0) if decodes else (bucket, 0, 0, num_keys)
+        work = (bucket, num_decodes, num_keys, 0) if num_decodes else (bucket, 0, 0, num_keys)
         if work in timings:
-            continue  # a bucket as long as the context: a prompt that fills it begins at 0, however full the cache
+            continue  # one decode fills the smallest bucket, and a prompt that is as long as the context begins at 0
         table = SamplingTable(engine.max_running, vocab_size)
         executor = DeviceExecutor(runner, table, sample.sequences, sample.tables.__getitem__, hosts)
         timings[work] = _time_step(executor, sample.plan, engine.pp + engine.overlap, clock)
@@ -114,9 +119,8 @@ class _Sample:
     tables: dict[int, BlockTable]
 
 
-def _decodes(bucket: int, fill: float, engine: EngineConfig, cache: CacheConfig) -> _Sample:
-    """As many decodes as the bucket and the rows hold, each as long as `fill` of what fits."""
-    num = min(bucket, engine.max_running, cache.num_blocks)
+def _decodes(bucket: int, num: int, fill: float, cache: CacheConfig) -> _Sample:
+    """So many decodes, each as long as `fill` of what fits."""
     longest = min(cache.max_model_len - 1, cache.num_blocks // num * cache.block_size)
     start = max(1, round(fill * (longest - 1))) if longest > 1 else 0
     chunks = tuple(Chunk(i, start, 1, True) for i in range(num))

@@ -13,9 +13,10 @@ from sarathi_jax.latency.devices import (
     save_device,
 )
 from sarathi_jax.latency.forecast import Backlog, time_to_first_token_s
-from sarathi_jax.latency.roofline import Roofline, Work
-from sarathi_jax.latency.table import LatencyTable, TableError, Timing, chunk_keys
+from sarathi_jax.latency.roofline import Roofline
+from sarathi_jax.latency.table import LatencyTable, TableError, Timing
 from sarathi_jax.latency.times import StepTimes
+from sarathi_jax.latency.work import Work, chunk_keys
 
 __all__ = [
     "DEVICES",

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from sarathi_jax.latency.devices import Device, HostTerm, Kernels, Link
-from sarathi_jax.latency.roofline import Gemm, Roofline, Work, gemm_s
-from sarathi_jax.latency.table import chunk_keys
+from sarathi_jax.latency.roofline import Gemm, Roofline, gemm_s
+from sarathi_jax.latency.work import Work, chunk_keys
 
 _KNOTS = (1, 8, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 2048, 3072, 4096)
 _GEMMS = ("attn_pre_proj", "attn_post_proj", "mlp_up_proj", "mlp_down_proj")

@@ -3,8 +3,8 @@
 import dataclasses
 import math
 
-from sarathi_jax.latency.table import chunk_keys
 from sarathi_jax.latency.times import StepTimes
+from sarathi_jax.latency.work import Work, chunk_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +48,11 @@ def time_to_first_token_s(backlog: Backlog, num_prompt_tokens: int, times: StepT
     num_steps = math.ceil(num_tokens / room)
     keys = chunk_keys(num_prompt_tokens // 2, min(room, num_tokens))
     # The last step passes all stages before its token is known.
-    seconds = (num_steps + num_stages - 1) * times.expected_s(bucket, backlog.num_decode_keys, keys)
+    seconds = (num_steps + num_stages - 1) * times.expected_s(_work(bucket, backlog, keys))
     num_behind = backlog.num_waiting - backlog.num_free_rows + 1
     if num_behind > 0:
         decode_bucket = next((b for b in times.table.buckets if b >= backlog.num_decodes), times.table.buckets[-1])
-        seconds += backlog.steps_to_free_row * times.expected_s(decode_bucket, backlog.num_decode_keys, 0)
+        seconds += backlog.steps_to_free_row * times.expected_s(_work(decode_bucket, backlog, 0))
     return seconds
 
 
@@ -62,7 +62,12 @@ def _chunk(backlog: Backlog, times: StepTimes, num_stages: int) -> tuple[int, in
     best = fitting[0]
     for bucket in fitting:
         keys = chunk_keys(0, bucket - backlog.num_decodes)
-        bound_s = num_stages * times.bound_s(bucket, backlog.num_decode_keys, keys)
+        bound_s = num_stages * times.bound_s(_work(bucket, backlog, keys))
         if backlog.pace_s is None or bound_s <= backlog.pace_s:
             best = bucket
     return best, max(1, best - backlog.num_decodes)
+
+
+def _work(bucket: int, backlog: Backlog, num_prefill_keys: int) -> Work:
+    """A step of everybody who generates, and of prompts."""
+    return Work(bucket, backlog.num_decodes, backlog.num_decode_keys, num_prefill_keys)

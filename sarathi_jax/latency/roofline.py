@@ -14,27 +14,9 @@ import numpy as np
 
 from sarathi_jax.config import ModelConfig
 from sarathi_jax.latency.devices import Device, HostTerm, Kernels, Link
+from sarathi_jax.latency.work import Work
 
 _NO_HOST = HostTerm()
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What a step does.
-
-    Attributes:
-      num_tokens: that pass through the model, padding included.
-      num_decodes: of these, each of a sequence of its own.
-      num_decode_keys: keys that the decodes read, their own included.
-      num_prefill_keys: keys that the chunks' queries read, summed over the queries (`chunk_keys`).
-      num_sequences: decodes and chunks.
-    """
-
-    num_tokens: int
-    num_decodes: int = 0
-    num_decode_keys: int = 0
-    num_prefill_keys: int = 0
-    num_sequences: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,14 +117,6 @@ class Roofline:
         other = copy.copy(self)
         other.host, other._attention = host, self._attention_kernels(host)
         return other
-
-    def step_s(self, bucket: int, num_decode_keys: int, num_prefill_keys: int) -> float:
-        """Expected seconds from one step's tokens to the next one's, as of `LatencyTable.step_s`.
-
-        It does not say how many of the bucket are decodes: all, or none when a prompt is in it. `work_s` knows more.
-        """
-        num_decodes = 0 if num_prefill_keys else bucket
-        return self.work_s(Work(bucket, num_decodes, num_decode_keys, num_prefill_keys, max(1, num_decodes)))
 
     def work_s(self, work: Work) -> float:
         """Expected seconds from one step to the next while every stage is busy: those of the slowest stage."""

@@ -1,11 +1,12 @@
 """`LatencyTable`: measured times of the compiled programs, each at some fills of the cache, and what lies between them.
 
-A step's time has three parts: its bucket, which fixes the products; the keys that its decodes read; and the keys that
-its prefill chunks read. The table holds each bucket full of decodes and full of one prompt, at several fills of the
-cache; a step of both costs what either adds to the empty one. (The paper profiles likewise to set its token budget,
-section 4.3.)
+A step's time has three parts: its bucket, which fixes the products; its decodes and the keys that they read; and the
+keys that its prefill chunks read. The table holds each bucket with one decode, full of decodes and full of one prompt,
+at several fills of the cache; a step of decodes and prompts costs what either adds to the emptiest one. (The paper
+profiles likewise to set its token budget, section 4.3.)
 """
 
+import bisect
 import dataclasses
 import itertools
 import json
@@ -15,7 +16,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+from sarathi_jax.latency.work import Work
+
+FORMAT = 2  # 1 had no steps of one decode, and no idle_s
 
 
 class TableError(ValueError):
@@ -41,62 +44,58 @@ class Timing:
     seconds: float
 
 
-def chunk_keys(start: int, length: int) -> int:
-    """Keys that a chunk's queries read, summed over them: each sees all tokens before it, and itself.
-
-    Args:
-      start: tokens of the sequence before the chunk.
-      length: of the chunk.
-    """
-    return length * start + length * (length + 1) // 2
-
-
 class LatencyTable:
-    """Bucket and work -> seconds, by interpolation between measurements and along the last two beyond them.
+    """`Work` -> seconds, by interpolation between measurements and along the last two beyond them.
+
+    Of decodes the mean length of their sequences and their number count: a single one of 2,000 keys is quicker than
+    eight of 250. A chunk that leaves part of its bucket as padding lies between the emptiest step and a full chunk.
 
     Args:
-      timings: of each bucket at least one of decodes alone and one of a prompt alone.
+      timings: of each bucket at least one of decodes alone and one of a prompt alone; better, of few decodes and of
+        many.
       about: what was measured, as text by key: device, model, versions.
+      idle_s: how much longer a step takes that finds the device idle, and so waits for its own planning and launch.
 
     Raises:
       TableError: a bucket lacks one of them, or times that are not positive.
     """
 
-    def __init__(self, timings: Iterable[Timing], about: Mapping[str, Any] | None = None):
+    def __init__(self, timings: Iterable[Timing], about: Mapping[str, Any] | None = None, idle_s: float = 0.0):
         self.timings = tuple(timings)
         self.about = dict(about or {})
+        self.idle_s = idle_s
         if not self.timings or not all(timing.seconds > 0 for timing in self.timings):
             raise TableError("a latency table needs timings above 0: measure again")
         self.buckets = tuple(sorted({timing.bucket for timing in self.timings}))
-        self._decodes = {b: _Curve(self._points(b, True)) for b in self.buckets}
-        self._prefills = {b: _Curve(self._points(b, False)) for b in self.buckets}
+        self._of_bucket = {bucket: _Bucket(bucket, self.timings) for bucket in self.buckets}
 
     def __repr__(self) -> str:
         return f"LatencyTable({len(self.timings)} timings of buckets {', '.join(map(str, self.buckets))})"
 
-    def step_s(self, bucket: int, num_decode_keys: int, num_prefill_keys: int) -> float:
+    def step_s(self, work: Work) -> float:
         """Expected seconds of a step.
 
         Args:
-          bucket: one of `buckets`.
-          num_decode_keys, num_prefill_keys: as of `Timing`; 0 where the step has no decodes, no prompts.
+          work: of the step; its `num_tokens` is one of `buckets`.
 
         Raises:
           KeyError: no such bucket.
         """
-        decodes, prefills = self._decodes[bucket], self._prefills[bucket]
-        if not num_prefill_keys:
-            return decodes(num_decode_keys)
-        if not num_decode_keys:
-            return prefills(num_prefill_keys)
-        return decodes(num_decode_keys) + prefills(num_prefill_keys) - min(decodes.first, prefills.first)
+        of_bucket = self._of_bucket[work.num_tokens]
+        if not work.num_prefill_keys:
+            return of_bucket.decodes_s(work.num_decodes, work.num_decode_keys)
+        prefills_s = of_bucket.prefills(work.num_prefill_keys)
+        if not work.num_decodes:
+            return prefills_s
+        return of_bucket.decodes_s(work.num_decodes, work.num_decode_keys) + prefills_s - of_bucket.empty_s
 
     def save(self, path: Path) -> None:
         """Writes the table as JSON, all at once or not at all."""
         rows = [dataclasses.asdict(timing) for timing in self.timings]
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
-        partial.write_text(json.dumps({"format": FORMAT, "about": self.about, "timings": rows}, indent=1))
+        document = {"format": FORMAT, "about": self.about, "idle_s": self.idle_s, "timings": rows}
+        partial.write_text(json.dumps(document, indent=1))
         os.replace(partial, path)
 
     @classmethod
@@ -111,22 +110,51 @@ class LatencyTable:
             document = json.loads(path.read_text())
             if document["format"] != FORMAT:
                 raise TableError(f"{path} has format {document['format']}, this version reads {FORMAT}: measure again")
-            return cls((Timing(**row) for row in document["timings"]), document["about"])
+            return cls((Timing(**row) for row in document["timings"]), document["about"], document["idle_s"])
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, TableError):
                 raise
             raise TableError(f"{path} is no latency table ({error}): remove it, it is measured again") from error
 
-    def _points(self, bucket: int, decodes: bool) -> list[tuple[int, float]]:
-        points = [
-            (timing.num_decode_keys if decodes else timing.num_prefill_keys, timing.seconds)
-            for timing in self.timings
-            if timing.bucket == bucket and bool(timing.num_decodes) == decodes
-        ]
-        if not points:
-            kind = "decodes" if decodes else "a prompt"
-            raise TableError(f"the latency table has no timing of {kind} in bucket {bucket}: measure again")
-        return points
+
+class _Bucket:
+    """The times of one program.
+
+    Attributes:
+      empty_s: of the emptiest step measured.
+      prefills: seconds by the keys that chunks read.
+    """
+
+    def __init__(self, bucket: int, timings: Iterable[Timing]):
+        of_decodes, of_prompts = dict[int, list[tuple[int, float]]](), list[tuple[int, float]]()
+        for timing in timings:
+            if timing.bucket == bucket and timing.num_decodes:
+                points = of_decodes.setdefault(timing.num_decodes, [])
+                points.append((timing.num_decode_keys, timing.seconds))
+            elif timing.bucket == bucket:
+                of_prompts.append((timing.num_prefill_keys, timing.seconds))
+        for kind, points in (("decodes", of_decodes), ("a prompt", of_prompts)):
+            if not points:
+                raise TableError(f"the latency table has no timing of {kind} in bucket {bucket}: measure again")
+        self._numbers = sorted(of_decodes)
+        self._decodes = [_Curve(of_decodes[number]) for number in self._numbers]
+        self.empty_s = min(*(curve.first for curve in self._decodes), min(of_prompts)[1])
+        self.prefills = _Curve([(0, self.empty_s), *of_prompts])
+
+    def decodes_s(self, number: int, num_keys: int) -> float:
+        """Seconds of a step of decodes alone: between measured numbers of them, of sequences as long as these.
+
+        Args:
+          number: of decodes.
+          num_keys: that they read, all together.
+        """
+        index = min(bisect.bisect_left(self._numbers, number), len(self._numbers) - 1)
+        high = self._numbers[index]
+        if index == 0 or number >= high:
+            return self._decodes[index](num_keys)
+        low, length = self._numbers[index - 1], num_keys / number
+        few_s, many_s = self._decodes[index - 1](low * length), self._decodes[index](high * length)
+        return few_s + (many_s - few_s) * (number - low) / (high - low)
 
 
 class _Curve:
@@ -139,7 +167,7 @@ class _Curve:
         self._seconds = tuple(itertools.accumulate(seconds, max))
         self.first = seconds[0]
 
-    def __call__(self, num_keys: int) -> float:
+    def __call__(self, num_keys: float) -> float:
         keys, seconds = self._keys, self._seconds
         if num_keys <= keys[0] or len(keys) == 1:
             return seconds[0]

@@ -3,6 +3,7 @@
 import dataclasses
 
 from sarathi_jax.latency.table import LatencyTable
+from sarathi_jax.latency.work import Work
 
 _GAIN = 0.05  # of each new measurement
 _NUM_DEVIATIONS = 2.0
@@ -57,20 +58,20 @@ class StepTimes:
         """How many times as long as in the table steps take now."""
         return self._all.mean
 
-    def expected_s(self, bucket: int, num_decode_keys: int, num_prefill_keys: int) -> float:
-        """What such a step takes on average; arguments as of `LatencyTable.step_s`."""
-        return self._all.mean * self.table.step_s(bucket, num_decode_keys, num_prefill_keys)
+    def expected_s(self, work: Work) -> float:
+        """What such a step takes on average; `work` as of `LatencyTable.step_s`."""
+        return self._all.mean * self.table.step_s(work)
 
-    def bound_s(self, bucket: int, num_decode_keys: int, num_prefill_keys: int) -> float:
+    def bound_s(self, work: Work) -> float:
         """What such a step seldom exceeds: what a promise can rest on."""
-        factor = max(self._all.bound, self._of_bucket.get(bucket, self._all).bound)
-        return factor * self.table.step_s(bucket, num_decode_keys, num_prefill_keys)
+        factor = max(self._all.bound, self._of_bucket.get(work.num_tokens, self._all).bound)
+        return factor * self.table.step_s(work)
 
-    def observe(self, bucket: int, num_decode_keys: int, num_prefill_keys: int, measured_s: float) -> None:
+    def observe(self, work: Work, measured_s: float) -> None:
         """Learns from a step that ran."""
-        ratio = min(measured_s / self.table.step_s(bucket, num_decode_keys, num_prefill_keys), _LARGEST_RATIO)
-        self._of_bucket.setdefault(bucket, dataclasses.replace(self._all)).observe(ratio)
+        ratio = min(measured_s / self.table.step_s(work), _LARGEST_RATIO)
+        self._of_bucket.setdefault(work.num_tokens, dataclasses.replace(self._all)).observe(ratio)
         self._all.observe(ratio)
         for other, drift in self._of_bucket.items():
-            if other != bucket:
+            if other != work.num_tokens:
                 drift.forget(self._all)

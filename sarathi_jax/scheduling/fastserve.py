@@ -8,7 +8,7 @@ from collections.abc import Sequence as Seq
 from typing import Unpack
 
 from sarathi_jax.kv.blocks import BlockPool
-from sarathi_jax.latency import StepTimes, chunk_keys
+from sarathi_jax.latency import StepTimes, Work, chunk_keys
 from sarathi_jax.scheduling.base import Scheduler, Sizes
 from sarathi_jax.scheduling.plan import Chunk, StepPlan, TokenBudget
 from sarathi_jax.sequence import Sequence
@@ -62,7 +62,7 @@ class FastServeScheduler(Scheduler):
         super().__init__(pool, **sizes)
         self._times = times
         self._patience = patience
-        self._unit = 1.0 if times is None else times.expected_s(self._buckets[0], 1, 0)
+        self._unit = 1.0 if times is None else times.expected_s(Work(self._buckets[0], 1, 1))
         self._places: dict[int, _Place] = {}
         self._num_steps = 0
 
@@ -70,7 +70,8 @@ class FastServeScheduler(Scheduler):
         super().add(seq)
         work, level = float(seq.num_prompt), 0
         if self._times is not None:
-            work = self._times.expected_s(self._bucket(seq.num_prompt), 0, chunk_keys(0, seq.num_prompt))
+            num_keys = chunk_keys(0, seq.num_prompt)
+            work = self._times.expected_s(Work(self._bucket(seq.num_prompt), num_prefill_keys=num_keys))
         while self._quantum(level) < work:
             level += 1
         self._places[seq.seq_id] = _Place(seq.num_prompt, level, 0.0, self._num_steps)
@@ -184,9 +185,7 @@ class FastServeScheduler(Scheduler):
         self._num_steps += 1
         if plan is None:
             return
-        step_s = None
-        if self._times is not None:
-            step_s = self._times.expected_s(plan.bucket, plan.num_decode_keys, plan.num_prefill_keys)
+        step_s = None if self._times is None else self._times.expected_s(plan.work)
         for chunk in plan.chunks:
             if not chunk.samples:
                 continue

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from sarathi_jax.latency import Backlog, StepTimes, chunk_keys
+from sarathi_jax.latency import Backlog, StepTimes, Work, chunk_keys
 
 
 class Chunk(NamedTuple):
@@ -55,6 +55,11 @@ class StepPlan:
     def num_prefill_keys(self) -> int:
         """Keys that the other chunks' tokens read, summed over the tokens."""
         return sum(chunk_keys(chunk.start, chunk.length) for chunk in self.chunks[self.num_decodes :])
+
+    @property
+    def work(self) -> Work:
+        """What its time depends on, padding included."""
+        return Work(self.bucket, self.num_decodes, self.num_decode_keys, self.num_prefill_keys, len(self.chunks))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,11 +257,8 @@ class KeepPace:
         if not demand.behind:
             return pace_s
         num_more = self._num_stages - 1
-        shortest_s = min(0.0 if plan is None else self._expected_s(plan) for plan in demand.behind)
+        shortest_s = min(0.0 if plan is None else self._times.expected_s(plan.work) for plan in demand.behind)
         return min(pace_s, (pace_s + num_more * shortest_s) * self._num_stages / (self._num_stages + num_more))
-
-    def _expected_s(self, plan: StepPlan) -> float:
-        return self._times.expected_s(plan.bucket, plan.num_decode_keys, plan.num_prefill_keys)
 
     def _fits(self, bucket: int, demand: Demand, allowed_s: float) -> bool:
         left, num_keys = bucket - demand.num_beside, 0
@@ -267,11 +269,12 @@ class KeepPace:
             if not left:
                 break
         if not demand.alternates:
-            return self._num_stages * self._times.bound_s(bucket, demand.num_decode_keys, num_keys) <= allowed_s
+            work = Work(bucket, demand.num_decodes, demand.num_decode_keys, num_keys)
+            return self._num_stages * self._times.bound_s(work) <= allowed_s
         # A step of prompts and one of decodes, as often as it takes a token to come round and find one of decodes.
         decode_bucket = self._buckets[bisect.bisect_left(self._buckets, demand.num_decodes, hi=len(self._buckets) - 1)]
-        pair_s = self._times.bound_s(bucket, 0, num_keys)
-        pair_s += self._times.bound_s(decode_bucket, demand.num_decode_keys, 0)
+        pair_s = self._times.bound_s(Work(bucket, num_prefill_keys=num_keys))
+        pair_s += self._times.bound_s(Work(decode_bucket, demand.num_decodes, demand.num_decode_keys))
         return (self._num_stages + 1) // 2 * pair_s <= allowed_s
 
 

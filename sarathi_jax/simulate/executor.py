@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from sarathi_jax.latency import StepTimes, Work
+from sarathi_jax.latency import StepTimes
 from sarathi_jax.scheduling.plan import StepPlan, StepResult
 from sarathi_jax.simulate.deployment import Deployment
 
@@ -36,13 +36,12 @@ def stage_times(deployment: Deployment) -> StageTimes:
     """
     table, pads = deployment.table, deployment.pads
     if table is not None:
-        return lambda plan: ((table.step_s(plan.bucket, plan.num_decode_keys, plan.num_prefill_keys),), 0.0)
+        return lambda plan: ((table.step_s(plan.work),), 0.0)
     roofline = deployment.roofline()
 
     def times(plan: StepPlan) -> tuple[Sequence[float], float]:
-        num_tokens = plan.bucket if pads else plan.num_tokens
-        work = Work(num_tokens, plan.num_decodes, plan.num_decode_keys, plan.num_prefill_keys, len(plan.chunks))
-        return [roofline.stage_s(work, stage) for stage in range(roofline.pp)], roofline.send_s(num_tokens)
+        work = plan.work if pads else dataclasses.replace(plan.work, num_tokens=plan.num_tokens)
+        return [roofline.stage_s(work, stage) for stage in range(roofline.pp)], roofline.send_s(work.num_tokens)
 
     return times
 
@@ -71,11 +70,20 @@ class SimulatedExecutor:
       clock: of the engine.
       num_stages: pp.
       learns: told how long steps took, as `DriftObserver` does it; None: nobody.
+      idle_s: of `LatencyTable`.
     """
 
-    def __init__(self, times: StageTimes, clock: SimulatedClock, num_stages: int, learns: StepTimes | None = None):
+    def __init__(
+        self,
+        times: StageTimes,
+        clock: SimulatedClock,
+        num_stages: int,
+        learns: StepTimes | None = None,
+        idle_s: float = 0.0,
+    ):
         self._times = times
         self._clock = clock
+        self._idle_s = idle_s
         self._learns = learns
         self._free_s = [0.0] * num_stages
         self._done_s = collections.deque([0.0] * num_stages, maxlen=num_stages)
@@ -88,14 +96,15 @@ class SimulatedExecutor:
         self.num_steps += 1
         seconds, send_s = self._times(plan)
         launched_s = self._clock.now_s()
-        at_s = max(launched_s, self._done_s[0], self._free_s[0])
+        waits_s = self._idle_s if launched_s >= self._free_s[0] else 0.0
+        at_s = max(launched_s + waits_s, self._done_s[0], self._free_s[0])
         for stage, stage_s in enumerate(seconds):
             at_s = max(at_s + send_s * (stage > 0), self._free_s[stage]) + stage_s
             self._free_s[stage] = at_s
             self.busy_s[stage] += stage_s
         if self._learns is not None:
             stage_s = min(at_s - max(launched_s, self._done_s[-1]), (at_s - launched_s) / len(seconds))
-            self._learns.observe(plan.bucket, plan.num_decode_keys, plan.num_prefill_keys, stage_s)
+            self._learns.observe(plan.work, stage_s)
         self._done_s.append(at_s)
         return Simulated(len(plan.chunks), at_s)
 

@@ -38,11 +38,12 @@ class SimulatedReplica:
     def __init__(self, deployment: Deployment, seed: int = 0, keep_steps: bool = True):
         model, config = deployment.model, deployment.engine
         cache, self._clock = cache_of(deployment), SimulatedClock()
+        idle_s = 0.0 if deployment.table is None else deployment.table.idle_s
         times = None
         if config.tbt_slo_ms is not None:
             times = StepTimes(deployment.table or tabulate(deployment.roofline(), config, cache))
         self.scheduler = make_scheduler(model, config, cache, times)
-        self.executor = SimulatedExecutor(stage_times(deployment), self._clock, config.pp, times)
+        self.executor = SimulatedExecutor(stage_times(deployment), self._clock, config.pp, times, idle_s)
         sequences: dict[int, Sequence] = {}
         self.engine = Engine(model, config, cache, self.scheduler, self.executor, sequences, clock=self._clock)
         self.outputs: list[RequestOutput] = []

@@ -7,7 +7,7 @@ _FILLS = (0.0, 1 / 3, 2 / 3, 1.0)  # of the cache, as `sarathi_jax.timing` measu
 
 
 def tabulate(roofline: Roofline, engine: EngineConfig, cache: CacheConfig) -> LatencyTable:
-    """Times every bucket full of decodes, and full of one prompt, at some fills of the cache.
+    """Times every bucket with one decode, full of decodes, and full of one prompt, at some fills of the cache.
 
     Args:
       roofline: of the devices.
@@ -17,13 +17,12 @@ def tabulate(roofline: Roofline, engine: EngineConfig, cache: CacheConfig) -> La
     timings = set[Timing]()
     longest = min(cache.max_model_len - 1, cache.num_blocks * cache.block_size)
     for bucket in engine.buckets:
-        num = min(bucket, engine.max_running, cache.num_blocks)
-        room = min(cache.max_model_len - 1, cache.num_blocks // num * cache.block_size)
         length = min(bucket, longest)
         for fill in _FILLS:
-            keys = num * max(1, round(fill * room))
-            seconds = roofline.work_s(Work(bucket, num, keys, 0, num))
-            timings.add(Timing(bucket, num, keys, 0, seconds))
+            for num in {1, min(bucket, engine.max_running, cache.num_blocks)}:
+                room = min(cache.max_model_len - 1, cache.num_blocks // num * cache.block_size)
+                keys = num * max(1, round(fill * room))
+                timings.add(Timing(bucket, num, keys, 0, roofline.work_s(Work(bucket, num, keys, 0, num))))
             keys = chunk_keys(round(fill * (longest - length)), length)
             timings.add(Timing(bucket, 0, 0, keys, roofline.work_s(Work(bucket, 0, 0, keys, 1))))
     return LatencyTable(timings, {"device": roofline.device.name, "tp": roofline.tp, "pp": roofline.pp})

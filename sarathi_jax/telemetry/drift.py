@@ -18,9 +18,8 @@ class DriftObserver:
         self._num_stages = num_stages
 
     def on_step(self, record: StepRecord) -> None:
-        plan = record.plan
         stage_s = min(record.duration_s, (record.ended_s - record.launched_s) / self._num_stages)
-        self._times.observe(plan.bucket, plan.num_decode_keys, plan.num_prefill_keys, stage_s)
+        self._times.observe(record.plan.work, stage_s)
 
     def on_end(self, output: RequestOutput) -> None:
         pass

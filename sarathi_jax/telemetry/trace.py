@@ -100,8 +100,7 @@ class ReplicaTrace:
             "free blocks": record.state.num_free_blocks,
         }
         if self._times is not None:
-            expected_s = self._times.expected_s(plan.bucket, plan.num_decode_keys, plan.num_prefill_keys)
-            args["expected ms"] = round(expected_s * 1e3, 2)
+            args["expected ms"] = round(1e3 * self._times.expected_s(plan.work), 2)
         span = record.started_s, record.ended_s
         self._trace.slice(_DEVICE, self._replica, f"step of {plan.bucket}", *span, **args)
         self._trace.slice(_HOST, self._replica, "plan and launch", record.scheduled_s, record.launched_s)

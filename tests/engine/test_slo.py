@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from sarathi_jax.config import ConfigError, EngineConfig
-from sarathi_jax.latency import LatencyTable, StepTimes, Timing
+from sarathi_jax.latency import LatencyTable, StepTimes, Timing, Work
 from sarathi_jax.llm import LLM
 from sarathi_jax.request import RequestError
 from sarathi_jax.scheduling.plan import KeepPace
@@ -107,7 +107,7 @@ def test_observers_see_every_token_once(served, overlap):
 def test_every_program_is_timed_at_every_fill(served):
     table = measure(served.config, served.llm.cache_config, served.runner, VOCAB_SIZE, progress=False)
     assert table.buckets == served.config.buckets
-    assert len(table.timings) == 2 * len(FILLS) * len(table.buckets)
+    assert len(table.timings) == 3 * len(FILLS) * len(table.buckets)
     fullest = max(timing.num_decode_keys for timing in table.timings)
     assert fullest == 8 * (MAX_LEN - 1)
     assert served.runner.num_late_compiles == 0
@@ -120,7 +120,7 @@ def test_a_bucket_as_long_as_the_context_is_timed_once(served):
     short = dataclasses.replace(served.llm.cache_config, max_model_len=largest + 1)
     table = measure(served.config, short, served.runner, VOCAB_SIZE, progress=False)
     assert sum(timing.bucket == largest and not timing.num_decodes for timing in table.timings) == 1
-    assert table.step_s(largest, 0, 5) > 0
+    assert table.step_s(Work(largest, num_prefill_keys=5)) > 0
 
 
 def test_the_table_is_measured_once(served, tmp_path, monkeypatch):

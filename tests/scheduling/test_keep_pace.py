@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from sarathi_jax.latency import LatencyTable, StepTimes, Timing, chunk_keys
+from sarathi_jax.latency import LatencyTable, StepTimes, Timing, Work, chunk_keys
 from sarathi_jax.scheduling.plan import Chunk, Demand, FillToEdge, KeepPace, StepPlan
 
 BUCKETS = (8, 64, 256)
@@ -19,7 +19,7 @@ def chooser(num_stages: int = 1) -> KeepPace:
         timings += [Timing(b, 0, 0, keys, b * 1e-4 + keys * 1e-7) for keys in (0, 1_000_000)]
     times = StepTimes(LatencyTable(timings))
     for _ in range(400):
-        times.observe(8, 10, 0, times.table.step_s(8, 10, 0))
+        times.observe(work := Work(8, 8, 10), times.table.step_s(work))
     return KeepPace(times, BUCKETS, num_stages)
 
 
@@ -73,7 +73,7 @@ def test_a_pipeline_goes_round_once_a_token():
 
 def test_steps_of_a_pipeline_grow_from_round_to_round():
     """Two stages: a token of a short step comes round after three long ones, less the short one."""
-    step_s = chooser()._expected_s(plan := StepPlan((Chunk(0, 99, 1, True),), 256, 1))
+    step_s = chooser()._times.expected_s((plan := StepPlan((Chunk(0, 99, 1, True),), 256, 1)).work)
     demand = Demand(4, PROMPT, 100, pace_s=0.08, behind=(plan, plan))
     assert step_s == pytest.approx(0.0257)
     assert chooser(num_stages=2)(demand) == 256

@@ -89,6 +89,9 @@ def falcon(hf):
     return tensors
 
 
+OF_NOBODY = {"llama-200m"}  # random weights of this shape are measured
+
+
 def published_tensors(name):
     hf = yaml.safe_load((MODELS / f"{name}.yaml").read_text())["config"]
     family = hf["architectures"][0]
@@ -102,7 +105,7 @@ def published_tensors(name):
 
 
 def test_every_yaml_is_listed():
-    assert {path.stem for path in MODELS.glob("*.yaml")} == PUBLISHED_COUNTS.keys()
+    assert {path.stem for path in MODELS.glob("*.yaml")} == PUBLISHED_COUNTS.keys() | OF_NOBODY
 
 
 @pytest.mark.parametrize("name", PUBLISHED_COUNTS)

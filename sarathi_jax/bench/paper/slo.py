@@ -8,12 +8,13 @@ from sarathi_jax.bench.paper.experiment import Experiment, Options, Section
 from sarathi_jax.bench.paper.markdown import table
 from sarathi_jax.bench.paper.parallel import in_parallel
 from sarathi_jax.bench.paper.pictures import grouped_bars
-from sarathi_jax.bench.paper.served import Level, Served, fixed_budget, workload
+from sarathi_jax.bench.paper.served import Level, Served, workload
 from sarathi_jax.simulate import Deployment
 from sarathi_jax.simulate.capacity import Capacity, find_capacity
 from sarathi_jax.simulate.probes import simulated
 
 _DYNAMIC = "by the SLO"
+_NEAR, _FAR = 1.25, 2.0  # factors by which a search goes on, from a good guess and from none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,33 +55,26 @@ class Paper:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One search.
-
-    Attributes:
-      budget: a fixed one; None: by the SLO.
-    """
+    """One promise, for which every budget's capacity is searched."""
 
     served: Served
     trace: Trace
     level: Level
-    budget: int | None
     settings: Settings
 
-    @property
-    def name(self) -> str:
-        """Of the budget."""
-        return _DYNAMIC if self.budget is None else str(self.budget)
-
-    def build(self) -> Deployment:
-        """The deployment with this budget."""
-        if self.budget is not None:
-            fixed = dataclasses.replace(self.served, budget={self.level: self.budget})
-            return fixed.build("sarathi", self.trace, self.level)
-        limits = fixed_budget(self.settings.step_sizes[-1]) | {"token_buckets": self.settings.step_sizes}
-        built = dataclasses.replace(self.served, budget={self.level: self.settings.step_sizes[-1]})
+    def build(self, budget: int | None) -> Deployment:
+        """The deployment with a fixed budget; None: by the SLO."""
+        largest = self.settings.step_sizes[-1] if budget is None else budget
+        built = dataclasses.replace(self.served, budget={self.level: largest})
         deployment = built.build("sarathi", self.trace, self.level)
-        promised = {"tbt_slo_ms": 1e3 * self.served.slo_s[self.level]}
-        return dataclasses.replace(deployment, engine=dataclasses.replace(deployment.engine, **limits, **promised))
+        if budget is not None:
+            return deployment
+        engine = dataclasses.replace(
+            deployment.engine,
+            token_buckets=self.settings.step_sizes,
+            tbt_slo_ms=1e3 * self.served.slo_s[self.level],
+        )
+        return dataclasses.replace(deployment, engine=engine)
 
 
 def run(experiment: Experiment, options: Options) -> Section:
@@ -90,18 +84,16 @@ def run(experiment: Experiment, options: Options) -> Section:
             settings, served=settings.served[:1], traces=settings.traces[:1], number=64, seeds=(0,), tolerance=0.2
         )
     cells = [
-        Cell(served, trace, level, budget, settings)
+        Cell(served, trace, level, settings)
         for served in settings.served
         for trace in settings.traces
         for level in served.slo_s
-        for budget in (None, *settings.budgets)
     ]
-    found = dict(zip([_key(cell) for cell in cells], in_parallel(search, cells, options, "budgets"), strict=True))
     rows, bars, num_kept = [], dict[str, dict[str, float]](), 0
-    for group in dict.fromkeys(key[:3] for key in found):
-        title, trace, level = group
-        fixed = {str(budget): found[*group, str(budget)].rate for budget in settings.budgets}
-        dynamic, best = found[*group, _DYNAMIC], max(fixed, key=lambda name: fixed[name])
+    for cell, (dynamic, *of_fixed) in zip(cells, in_parallel(search, cells, options, "promises"), strict=True):
+        title, trace, level = cell.served.title, cell.trace, cell.level
+        fixed = {str(budget): found.rate for budget, found in zip(settings.budgets, of_fixed, strict=True)}
+        best = max(fixed, key=lambda name: fixed[name])
         ratio = dynamic.rate / fixed[best] if fixed[best] else float("inf")
         is_special = (trace, level) == ("chat", "strict") and title in paper.least_strict_chat
         least = paper.least_strict_chat[title] if is_special else paper.least
@@ -122,13 +114,19 @@ def run(experiment: Experiment, options: Options) -> Section:
     return Section(verdict, text, {"capacities": [dict(zip(header, row, strict=True)) for row in rows]}, pictures)
 
 
-def search(cell: Cell) -> Capacity:
-    """The capacity of a cell."""
-    settings = cell.settings
-    probe = simulated(cell.build(), functools.partial(workload, cell.trace, settings.number))
-    slo_s = cell.served.slo_s[cell.level]
-    return find_capacity(probe, tbt_slo_s=slo_s, seeds=settings.seeds, tolerance=settings.tolerance)
-
-
-def _key(cell: Cell) -> tuple[str, Trace, Level, str]:
-    return cell.served.title, cell.trace, cell.level, cell.name
+def search(cell: Cell) -> list[Capacity]:
+    """The capacities of a cell: by the SLO, then of each fixed budget, for which the first one says where to look."""
+    settings, found = cell.settings, list[Capacity]()
+    for budget in (None, *settings.budgets):
+        near = found[0].rate if found else 0.0
+        found.append(
+            find_capacity(
+                simulated(cell.build(budget), functools.partial(workload, cell.trace, settings.number)),
+                tbt_slo_s=cell.served.slo_s[cell.level],
+                seeds=settings.seeds,
+                tolerance=settings.tolerance,
+                guess=near or 1.0,
+                step=_NEAR if near else _FAR,
+            )
+        )
+    return found

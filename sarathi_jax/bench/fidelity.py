@@ -1,0 +1,266 @@
+"""How near the simulator is to the real engine, on the machine at hand: latencies at three loads, and capacities.
+
+  python -m sarathi_jax.bench.fidelity --out build/fidelity --page docs/fidelity.md
+
+For each model its programs are timed, as `main.py profile` does. Then, for each policy:
+
+1. The engine serves a workload to warm up and to correct the table (`sarathi_jax.simulate.in_service`); the table is
+   frozen.
+2. At three shares of the throughput that the engine reached, the simulator and the engine serve the same requests, the
+   engine twice, so that it is known how far two identical runs are apart.
+3. The simulator's capacity is searched, then twice the engine's, which begins where the simulator's ended. The SLO is
+   the P99 TBT that the simulator expects of the first policy at the largest of the three loads.
+
+What was measured is kept in the folder, part by part: a run that was cut off goes on where it was. Nothing else should
+run meanwhile.
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from tqdm import tqdm
+
+from sarathi_jax.bench import fidelity_page
+from sarathi_jax.bench.replay import replay
+from sarathi_jax.latency import DEVICES, LatencyTable
+from sarathi_jax.llm import LLM
+from sarathi_jax.loading import load
+from sarathi_jax.resources import config_path
+from sarathi_jax.simulate import Deployment, simulate
+from sarathi_jax.simulate.capacity import Capacity, find_capacity
+from sarathi_jax.simulate.in_service import in_service
+from sarathi_jax.simulate.memory import cache_of
+from sarathi_jax.simulate.probes import simulated
+from sarathi_jax.telemetry.run import Run
+from sarathi_jax.timing import about_table, measure
+from sarathi_jax.workloads import Workload, Workloads, WorkloadSpec, static
+
+_OUT = flags.DEFINE_string("out", "build/fidelity", "folder of what is measured, which a later run goes on with")
+_PAGE = flags.DEFINE_string("page", None, "file for the page (.md); pictures and numbers go beside it")
+_MODELS = flags.DEFINE_list("models", ["shipped:2048", "llama-200m:1024"], "name of configs/models : context, each")
+_POLICIES = flags.DEFINE_list("policies", ["sarathi", "vllm", "orca"], "policies to compare")
+_LOADS = flags.DEFINE_list("loads", ["0.4", "0.6", "0.8"], "shares of the throughput")
+_SECONDS = flags.DEFINE_float("seconds", 30, "of arrivals in each run, about", lower_bound=0.1)
+_LEAST = flags.DEFINE_integer("least_requests", 40, "of each run", lower_bound=1)
+_MAX_NUM_SEQS = flags.DEFINE_integer("max_num_seqs", 16, "sequences at once", lower_bound=1)
+_TOLERANCE = flags.DEFINE_float("tolerance", 0.05, "of capacities", lower_bound=0.001)
+
+_BUDGET = 512  # tokens of a step of policies that cut prompts
+_WHOLE = ("vllm", "orca")  # policies that compute prompts whole
+_CALIBRATION_LOAD = 0.5  # of the throughput
+_NEAR = 1.15  # how far the engine's capacity may be from the simulator's, about
+_SHIPPED = "shipped"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model that is served by a policy.
+
+    Attributes:
+      name: of the model, `_SHIPPED` or one of configs/models.
+      context: longest prompt and output together.
+      policy: of `EngineConfig`.
+    """
+
+    name: str
+    context: int
+    policy: str
+
+    @property
+    def model(self) -> Path | None:
+        return None if self.name == _SHIPPED else config_path("models", self.name)
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """Fields of `EngineConfig`: without a prefix cache, since the same prompts are served again and again."""
+        return {
+            "policy": self.policy,
+            "max_model_len": self.context,
+            "max_num_seqs": _MAX_NUM_SEQS.value,
+            "token_budget": self.context if self.policy in _WHOLE else min(_BUDGET, self.context),
+            "prefix_caching": False,
+        }
+
+
+class Kept:
+    """What was measured, in a JSON file that is written after every part."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self.parts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+
+    def get(self, name: str, make: Callable[[], Any]) -> Any:
+        """A part; measured now, if it is not there yet."""
+        if name not in self.parts:
+            self.parts[name] = make()
+            self._path.write_text(json.dumps(self.parts, indent=1) + "\n")
+        return self.parts[name]
+
+
+class Pair:
+    """An engine and its simulation, of one case."""
+
+    def __init__(self, case: Case, llm: LLM, table: LatencyTable):
+        self._llm = llm
+        engine = dataclasses.replace(llm.engine_config, num_blocks=llm.cache_config.num_blocks)
+        self.table = table
+        self._deployment = Deployment(llm.model_config, DEVICES["cpu"], engine)
+        self._workloads: Workloads = WorkloadSpec(trace="chat", num_requests=1).open(case.context)
+        self._salt = 0
+        assert cache_of(self._deployment) == llm.cache_config, "the simulation has another cache"
+
+    def workload(self, number: int, rate: float, seed: int) -> Workload:
+        """Chat requests, scaled to the context."""
+        return dataclasses.replace(self._workloads, number=number).at(rate, seed)
+
+    def rush(self, number: int, seed: int) -> Workload:
+        """Chat requests that all come at once."""
+        return dataclasses.replace(self.workload(number, 1.0, seed), arrivals=static)
+
+    def simulate(self, workload: Workload) -> Run:
+        """By the table."""
+        return simulate(workload.requests(), dataclasses.replace(self._deployment, table=self.table))
+
+    def serve(self, workload: Workload, limit_s: float | None = None) -> Run:
+        """By the engine, with other prompts each time."""
+        self._salt += 1
+        return replay(self._llm, workload.requests(), seed=self._salt, limit_s=limit_s, progress=False)
+
+    def simulated_capacity(self, number: int, slo_s: float) -> Capacity:
+        """By the table, with the first seed."""
+        deployment = dataclasses.replace(self._deployment, table=self.table)
+        probe = simulated(deployment, functools.partial(self.workload, number))
+        return find_capacity(probe, tbt_slo_s=slo_s, seeds=(0,), tolerance=_TOLERANCE.value)
+
+    def capacity(self, number: int, slo_s: float, guess: float) -> Capacity:
+        """By the engine, of the same requests."""
+
+        def probe(rate: float, seed: int) -> Run:
+            # Beyond three times as long as the requests come it is far too slow.
+            return self.serve(self.workload(number, rate, seed), limit_s=3 * number / rate)
+
+        return find_capacity(
+            probe, tbt_slo_s=slo_s, seeds=(0,), tolerance=_TOLERANCE.value, guess=guess, step=_NEAR, lowest=guess / 64
+        )
+
+
+def measured_table(case: Case, path: Path) -> LatencyTable:
+    """The table of all programs that any policy of the model runs, as kept in a file or measured now."""
+    if path.exists():
+        return LatencyTable.load(path)
+    engine = dataclasses.replace(case, policy=_WHOLE[0]).engine
+    loaded = load(case.model, "auto", False, engine)
+    own, config, cache = loaded.model_config, loaded.engine_config, loaded.cache_config
+    runner = loaded.replicas[0].runner
+    table = measure(config, cache, runner, own.vocab_size, about=about_table(own, config, cache))
+    loaded.close()
+    table.save(path)
+    return table
+
+
+def compare(case: Case, kept: Kept, folder: Path) -> None:
+    """Measures what is not there yet of a case."""
+    table = measured_table(case, folder / f"{case.name}.json")
+    with LLM(case.model, progress=False, **case.engine) as llm:
+        pair = Pair(case, llm, table)
+        say = f"{case.name} {case.policy}"
+        corrected = folder / f"{case.name}-{case.policy}.json"
+        # Programs that have never run take longer the first time.
+        pair.serve(pair.rush(_MAX_NUM_SEQS.value, 100))
+
+        def calibrate() -> dict[str, float]:
+            throughput = pair.serve(pair.rush(2 * _MAX_NUM_SEQS.value, 101)).throughput.requests_per_s
+            count = number_at(_CALIBRATION_LOAD * throughput)
+            steps = pair.serve(pair.workload(count, _CALIBRATION_LOAD * throughput, 102)).steps[0]
+            in_service(table, steps).save(corrected)
+            return {"requests_per_s": throughput}
+
+        throughput = kept.get(f"{say} calibration", calibrate)["requests_per_s"]
+        pair.table = LatencyTable.load(corrected)
+        rates = [float(load) * throughput for load in _LOADS.value]
+        for rate in rates:
+            workload = pair.workload(number_at(rate), rate, 0)
+            kept.get(f"{say} sim {rate:g}", lambda w=workload: figures(pair.simulate(w)))
+        for name, rate in [(name, rate) for name in "ab" for rate in rates]:
+            workload = pair.workload(number_at(rate), rate, 0)
+            kept.get(f"{say} real {rate:g} {name}", lambda w=workload: figures(pair.serve(w)))
+        slo_s = kept.get(f"{case.name} slo", lambda: kept.parts[f"{say} sim {rates[-1]:g}"]["p99_tbt_s"])
+        number = number_at(rates[-1])
+        found = kept.get(
+            f"{say} capacity sim", lambda: capacity_figures(pair.simulated_capacity(number, slo_s), number)
+        )
+        if found["requests_per_s"]:
+            for name in "ab":
+                kept.get(
+                    f"{say} capacity real {name}",
+                    lambda: capacity_figures(pair.capacity(number, slo_s, found["requests_per_s"]), number),
+                )
+        assert llm.num_late_compiles == 0, "a program was compiled while it was measured"
+
+
+def number_at(rate: float) -> int:
+    """Requests of a run."""
+    return max(_LEAST.value, round(_SECONDS.value * rate))
+
+
+def figures(run: Run) -> dict[str, float]:
+    """What is compared of a run, and a few things more to look at."""
+    return {
+        "requests": len(run.samples),
+        "p50_ttft_s": run.ttfts.quantile(0.5),
+        "p99_ttft_s": run.ttfts.quantile(0.99),
+        "p50_tbt_s": run.tbts.quantile(0.5),
+        "p99_tbt_s": run.tbts.quantile(0.99),
+        "median_delay_s": run.scheduling_delays.quantile(0.5),
+        "end_s": run.end_s,
+    }
+
+
+def capacity_figures(found: Capacity, number: int) -> dict[str, Any]:
+    """A search in numbers."""
+    rates = [[level.rate, level.p99_tbt_s, level.median_delay_s] for level in found.levels]
+    return {
+        "requests": number,
+        "requests_per_s": found.rate,
+        "below": found.below,
+        "bound": found.bound,
+        "slo_s": found.tbt_slo_s,
+        "levels": rates,
+    }
+
+
+def main(arguments: Sequence[str]) -> None:
+    if len(arguments) > 1:
+        raise app.UsageError(f"unexpected argument {arguments[1]!r}")
+    folder = Path(_OUT.value)
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = Kept(folder / "fidelity.json")
+    cases = [
+        Case(name, int(context), policy)
+        for name, _, context in (model.partition(":") for model in _MODELS.value)
+        for policy in _POLICIES.value
+    ]
+    for case in (bar := tqdm(cases, unit="case", file=sys.stderr)):
+        bar.set_description(f"{case.name} {case.policy}")
+        compare(case, kept, folder)
+    machine = LatencyTable.load(folder / f"{cases[0].name}.json").about["device"]
+    pages = [(case.name, case.policy) for case in cases]
+    text = fidelity_page.page(kept.parts, pages, machine)
+    if _PAGE.value is None:
+        print(text)
+    else:
+        path = Path(_PAGE.value)
+        path.write_text(text, encoding="utf-8")
+        fidelity_page.draw(kept.parts, pages, path.with_suffix(".svg"))
+        path.with_suffix(".json").write_text(json.dumps(kept.parts, indent=1) + "\n", encoding="utf-8")
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    app.run(main)

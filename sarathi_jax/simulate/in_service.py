@@ -1,0 +1,66 @@
+"""Corrects a measured table by what steps took in service, where the host works beside the device."""
+
+import collections
+import dataclasses
+import itertools
+import statistics
+from collections.abc import Sequence
+
+from sarathi_jax.latency import LatencyTable
+from sarathi_jax.telemetry.steps import StepRecord
+
+_LEAST_STEPS = 5  # that are taken to say something
+
+
+def in_service(table: LatencyTable, steps: Sequence[StepRecord]) -> LatencyTable:
+    """The table as the steps of a run bear it out.
+
+    `sarathi_jax.timing.measure` runs each program over and over. In service planning, packing and what the caller does
+    take their share of the processor meanwhile, and a step that finds the device idle waits for them. The times of each
+    bucket, with prompts and without, are multiplied by what such steps took to what the table says; `idle_s` is the
+    mean of what is left.
+
+    Args:
+      table: as measured.
+      steps: of one engine that served with it, in their order; only how long they took is looked at.
+
+    Returns:
+      Another table; the same one where there are no steps.
+    """
+    busy, idle = list[StepRecord](), list[StepRecord]()
+    for before, step in itertools.pairwise(steps):
+        (idle if step.scheduled_s >= before.ended_s else busy).append(step)
+    measured = _Ratios(table, busy or idle)  # without overlap every step waits for its planning
+    if not measured.of_all:
+        return table
+    timings = [
+        dataclasses.replace(timing, seconds=timing.seconds * measured.ratio(timing.bucket, timing.num_decodes == 0))
+        for timing in table.timings
+    ]
+    corrected = LatencyTable(timings, table.about)
+    waits_s = [step.ended_s - step.scheduled_s - corrected.step_s(step.plan.work) for step in idle]
+    return LatencyTable(timings, table.about, max(0.0, statistics.fmean(waits_s)) if waits_s else 0.0)
+
+
+class _Ratios:
+    """What steps took to what the table says: of a bucket, with prompts in it or none; of few steps that of their kind.
+
+    Attributes:
+      of_all: seconds measured and tabulated of each step.
+    """
+
+    def __init__(self, table: LatencyTable, steps: Sequence[StepRecord]):
+        self.of_all = list[tuple[float, float]]()
+        self._of_kind = collections.defaultdict[bool, list[tuple[float, float]]](list)
+        self._of_bucket = collections.defaultdict[tuple[int, bool], list[tuple[float, float]]](list)
+        for step in steps:
+            pair, has_prompts = (step.duration_s, table.step_s(step.plan.work)), step.plan.num_prefill_keys > 0
+            self.of_all.append(pair)
+            self._of_kind[has_prompts].append(pair)
+            self._of_bucket[step.plan.bucket, has_prompts].append(pair)
+
+    def ratio(self, bucket: int, has_prompts: bool) -> float:
+        """Of the most like steps of which there are enough."""
+        candidates = self._of_bucket[bucket, has_prompts], self._of_kind[has_prompts]
+        pairs = next((pairs for pairs in candidates if len(pairs) >= _LEAST_STEPS), self.of_all)
+        return sum(took_s for took_s, _ in pairs) / sum(expected_s for _, expected_s in pairs)
