@@ -107,7 +107,7 @@ def run(experiment: Experiment, options: Options) -> Section:
         measured_on(settings.trace),
         f"A step of {settings.decodes} decodes of {settings.context} tokens each takes {1e3 * step_s:.3g} ms. "
         + " ".join(
-            f"{level}: {1e3 * slo_s:.3g} ms, {settings.slo_decodes[level]:g} of them."
+            f"The {level} SLO is {settings.slo_decodes[level]:g} times that, {1e3 * slo_s:.3g} ms."
             for level, slo_s in slos_s.items()
         ),
         f"{first} to each baseline, beside the paper's ratios:",
@@ -118,7 +118,7 @@ def run(experiment: Experiment, options: Options) -> Section:
             [list(row.values()) for row in rows],
         ),
         f"Requests come for {settings.seconds:g} s at each rate, the same for all. Where the delay is what breaks, "
-        f"so short a run tells it by {delays:.0%} too high, for every policy alike.",
+        f"so short a run gives up to {delays:.0%} too much, for every policy alike.",
     ]
     bars = {
         f"{level}\n{1e3 * slo_s:.0f} ms": {policy: rates[policy, level] for policy in settings.policies}
