@@ -178,7 +178,7 @@ def _ends(executor: DeviceExecutor, plans: Iterable[StepPlan], depth: int, clock
 def about_table(model: ModelConfig, engine: EngineConfig, cache: CacheConfig) -> dict[str, Any]:
     """What a table is of: kept in it, and its key where tables are stored."""
     return {
-        "device": f"{len(jax.devices())} x {_device_name()}",
+        "device": f"{len(jax.devices())} x {device_name()}",
         "jax": jax.__version__,
         "sarathi_jax": importlib.metadata.version("sarathi-jax"),
         "model": dataclasses.asdict(model),
@@ -188,7 +188,7 @@ def about_table(model: ModelConfig, engine: EngineConfig, cache: CacheConfig) ->
     }
 
 
-def _device_name() -> str:
+def device_name() -> str:
     """What JAX calls the device; for a CPU, which it does not tell apart, what the system calls it."""
     kind = jax.devices()[0].device_kind
     if kind != "cpu":

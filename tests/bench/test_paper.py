@@ -5,14 +5,26 @@ from pathlib import Path
 
 import pytest
 
-from sarathi_jax.bench.paper import ablation, chunking_overhead, pipeline
+from sarathi_jax.bench.paper import (
+    ablation,
+    chunking_overhead,
+    pipeline,
+    real_ablation,
+    real_capacity,
+    real_stall,
+)
 from sarathi_jax.bench.paper.experiment import Experiment, ExperimentError, Options, Section
 from sarathi_jax.bench.paper.kinds import load_experiment, run, shipped_experiments
-from sarathi_jax.bench.paper.markdown import Comparison, comparison_table, number
+from sarathi_jax.bench.paper.loads import Claim, Loads, Point, verdict
+from sarathi_jax.bench.paper.markdown import Comparison, Order, comparison_table, number, order_list
 from sarathi_jax.bench.paper.parallel import in_parallel
+from sarathi_jax.bench.paper.real import Engines
 from sarathi_jax.bench.paper.report import write_index, write_page
 from sarathi_jax.latency.devices import Link
 from sarathi_jax.resources import config_names, config_path
+from sarathi_jax.telemetry.definitions import MEDIAN_DELAY_SLO_S, SampleTimes
+from sarathi_jax.telemetry.run import Run
+from sarathi_jax.timing import device_name
 from sarathi_jax.workloads import poisson
 
 QUICK = Options(quick=True)
@@ -137,3 +149,87 @@ def test_answers_keep_their_order():
 @pytest.mark.slow
 def test_answers_keep_their_order_over_processes():
     assert in_parallel(abs, [-3, 1, -2], Options(processes=2), "test") == [3, 1, 2]
+
+
+def test_a_line_of_the_engine_is_looked_at_when_its_file_is_read(tmp_path):
+    text = config_path("experiments", "real_stall").read_text()
+    path = tmp_path / "paper.yaml"
+    for old, new, message in (
+        ("token_budget: 256}", "budget: 256}", "settings.engines: sarathi: .*budget"),
+        ("policy: vllm", "policy: vlm", "settings.engines: policy='vlm'"),
+        ("max_model_len: 256", "max_len: 256", "settings.engines: sarathi: .*max_len"),
+    ):
+        assert old in text
+        path.write_text(text.replace(old, new))
+        with pytest.raises(ExperimentError, match=message):
+            load_experiment(path)
+
+
+def test_fields_of_a_line_in_full_and_in_quick_versions():
+    engines = Engines({"ours": {"token_budget": 64}}, {"max_num_seqs": 4}, {"token_budget": 8, "token_buckets": [1, 8]})
+    assert engines.of(Options()).fields("ours") == {"prefix_caching": False, "max_num_seqs": 4, "token_budget": 64}
+    quick = engines.of(QUICK).fields("ours")
+    assert quick == {"prefix_caching": False, "max_num_seqs": 4, "token_budget": 8, "token_buckets": (1, 8)}
+
+
+def test_the_load_of_a_line_keeps_both_promises():
+    late = MEDIAN_DELAY_SLO_S + 0.1
+    points = [
+        Point("sarathi", 1.0, 0.1, 0.0),
+        Point("sarathi", 2.0, 0.2, 0.0),
+        Point("sarathi", 3.0, 0.2, late),
+        Point("vllm 8", 1.0, 0.15, 0.0),
+        Point("vllm 16", 1.0, float("inf"), 0.0),
+    ]
+    loads = Loads(points, (0.1, 0.2))
+    assert loads.by_line == {"sarathi": [1.0, 2.0], "vllm 8": [0.0, 1.0], "vllm 16": [0.0, 0.0]}
+    strict, relaxed = loads.compare([Claim("sarathi", "vllm", 0.1, 3.0), Claim("sarathi", "vllm", 0.2, 4.0)])
+    assert (strict.ours, strict.paper) == (float("inf"), 3.0)
+    assert (relaxed.ours, relaxed.paper) == (2.0, 4.0)
+    assert verdict(relaxed) == "sarathi to the best vllm at 0.2 s: 2.00 times the load (paper: 4)"
+    assert "| 0.2 | 2 | 1 | 0 |" in loads.text([relaxed])
+
+
+def test_orders_are_of_those_that_both_have():
+    order = Order.of("P99", {"a": 2.0, "b": 1.0, "c": 0.0}, {"a": 1.0, "b": 3.0})
+    assert (order.ours, order.paper, order.is_papers) == (("b", "a"), ("a", "b"), False)
+    assert order_list([order]) == "- P99, best first: b, a; in the paper a, b."
+
+
+def test_ideas_are_drawn_relative_to_both():
+    cells = {"hybrid_only": (0.2, 0.6), "sarathi": (0.4, 0.1)}
+    assert real_ablation.relative(cells, "sarathi") == {
+        "P50 TTFT": {"hybrid_only": pytest.approx(0.5), "sarathi": 1.0},
+        "P99 TBT": {"hybrid_only": pytest.approx(6.0), "sarathi": 1.0},
+    }
+
+
+def test_waits_of_a_run_that_was_cut_off_count():
+    stalled = SampleTimes("0", 0.0, (1.0, 1.1, 3.1), first_scheduled_s=0.0, finished_s=3.1)
+    waiting = SampleTimes("1", 0.0, (1.0, 1.2), first_scheduled_s=0.0)
+    (row,) = real_stall.waits({"vllm": Run((stalled, waiting), 6.2)})
+    assert row["line"] == "vllm"
+    assert row["longest_wait_s"] == pytest.approx(5.0)
+    assert row["p99_tbt_s"] == float("inf")
+
+
+def test_each_engine_is_opened_once():
+    policies: dict = {"sarathi": {"strict": "small", "relaxed": "large"}, "vllm": {"strict": "vllm", "relaxed": "vllm"}}
+    assert real_capacity.cells_by_line(policies, "vllm") == {
+        "vllm": [("vllm", "strict"), ("vllm", "relaxed")],
+        "small": [("sarathi", "strict")],
+        "large": [("sarathi", "relaxed")],
+    }
+    assert [real_capacity.ratio(*of) for of in ((3.0, 2.0), (3.0, 0.0))] == [1.5, float("inf")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["real_ablation", "real_capacity", "real_stall", "real_tradeoff"])
+def test_quick_version_on_the_engine_itself(tmp_path, name):
+    made = pages(tmp_path, name)
+    page = made[f"{name}.md"].decode()
+    assert "Measured in real time" in page
+    assert device_name() in page
+    assert "quick version" in page
+    assert [path for path in made if path.endswith(".svg")]
+    assert [path for path in made if path.endswith(".csv")]

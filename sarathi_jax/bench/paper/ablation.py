@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sarathi_jax.bench.paper.deployments import TRACES, DeploymentSettings, Stack, Trace
 from sarathi_jax.bench.paper.experiment import Experiment, Options, Section
-from sarathi_jax.bench.paper.markdown import Comparison, comparison_table, number, table
+from sarathi_jax.bench.paper.markdown import Comparison, Order, comparison_table, number, order_list, table
 from sarathi_jax.bench.paper.parallel import in_parallel
 from sarathi_jax.bench.paper.pictures import grouped_bars
 from sarathi_jax.config import Policy
@@ -126,16 +126,11 @@ def run(experiment: Experiment, options: Options) -> Section:
     close = _close_by_variation(paper, outcomes)
     rows = [_row(cell, of_cell, paper) for cell, of_cell in outcomes.items()]
     orders = _orders(outcomes, first, pairs, paper)
-    in_order = "\n".join(
-        f"- {what}, best first: {', '.join(ours)}; "
-        + ("as in the paper." if ours == theirs else f"in the paper {', '.join(theirs)}.")
-        for what, ours, theirs in orders
-    )
     text = "\n\n".join(
         [
             f"## With {first}, {len(outcomes[first, *pairs[0]])} seeds: medians",
             comparison_table(comparisons),
-            in_order,
+            order_list(orders),
             "## What moves it",
             _variations_table(paper, outcomes, pairs, close),
             _little(outcomes, first, settings),
@@ -157,7 +152,7 @@ def run(experiment: Experiment, options: Options) -> Section:
     best = max(close, key=lambda name: close[name])
     return Section(
         f"{close[first]} of {total} numbers within {_CLOSE:.0%} of the paper's with {first}, {close[best]} with "
-        f"{best}; {sum(ours == theirs for _, ours, theirs in orders)} of {len(orders)} orders of the policies as in "
+        f"{best}; {sum(order.is_papers for order in orders)} of {len(orders)} orders of the policies as in "
         "the paper.",
         text,
         {"cells": rows},
@@ -254,15 +249,15 @@ def _variations_table(
 
 def _orders(
     outcomes: dict[Cell, list[Outcome]], first: str, pairs: Sequence[tuple[str, str]], paper: Paper
-) -> list[tuple[str, list[str], list[str]]]:
-    """What is compared, and the policies from best to worst, ours and the paper's."""
+) -> list[Order]:
+    """The policies from best to worst, by trace and metric."""
     orders = []
     for trace in dict.fromkeys(trace for trace, _ in pairs):
-        policies = [policy for of_trace, policy in pairs if of_trace == trace and policy in paper.cells.get(trace, {})]
+        policies = [policy for of_trace, policy in pairs if of_trace == trace]
         for index, what in enumerate(("P50 TTFT", "P99 TBT")):
-            ours = sorted(policies, key=lambda policy: _medians(outcomes[first, trace, policy])[index])
-            theirs = sorted(policies, key=lambda policy: paper.cells[trace][policy][index])
-            orders.append((f"{trace}, {what}", ours, theirs))
+            ours = {policy: _medians(outcomes[first, trace, policy])[index] for policy in policies}
+            theirs = {policy: cell[index] for policy, cell in paper.cells.get(trace, {}).items()}
+            orders.append(Order.of(f"{trace}, {what}", ours, theirs))
     return orders
 
 

@@ -11,6 +11,10 @@ from sarathi_jax.bench.paper import (
     hybrid_iteration,
     intensity,
     pipeline,
+    real_ablation,
+    real_capacity,
+    real_stall,
+    real_tradeoff,
     slo,
     tile_quantisation,
     tradeoff,
@@ -26,6 +30,10 @@ KINDS = (
     "hybrid_iteration",
     "intensity",
     "pipeline",
+    "real_ablation",
+    "real_capacity",
+    "real_stall",
+    "real_tradeoff",
     "slo",
     "tile_quantisation",
     "tradeoff",
@@ -69,6 +77,14 @@ def module_of(kind: str) -> Any:
             return intensity
         case "pipeline":
             return pipeline
+        case "real_ablation":
+            return real_ablation
+        case "real_capacity":
+            return real_capacity
+        case "real_stall":
+            return real_stall
+        case "real_tradeoff":
+            return real_tradeoff
         case "slo":
             return slo
         case "tile_quantisation":

@@ -1,7 +1,7 @@
 """Tables of Markdown, and our numbers beside the paper's."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,40 @@ class Comparison:
     def ratio(self) -> float | None:
         """Ours to the paper's."""
         return self.ours / self.paper if self.paper else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """Who does best, ours and the paper's.
+
+    Attributes:
+      what: is compared.
+      ours, paper: names, best first.
+    """
+
+    what: str
+    ours: tuple[str, ...]
+    paper: tuple[str, ...]
+
+    @classmethod
+    def of(cls, what: str, ours: Mapping[str, float], paper: Mapping[str, float]) -> "Order":
+        """Orders the names that both have; less is better."""
+        names = [name for name in ours if name in paper]
+        return cls(what, *(tuple(sorted(names, key=values.__getitem__)) for values in (ours, paper)))
+
+    @property
+    def is_papers(self) -> bool:
+        """Whether both are the same."""
+        return self.ours == self.paper
+
+
+def order_list(orders: Sequence[Order]) -> str:
+    """A Markdown list."""
+    return "\n".join(
+        f"- {order.what}, best first: {', '.join(order.ours)}; "
+        + ("as in the paper." if order.is_papers else f"in the paper {', '.join(order.paper)}.")
+        for order in orders
+    )
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -18,6 +18,8 @@ makes this folder; `make paper ARGS="--only NAME"` makes one page anew; `ARGS=--
 
 Figures of the paper's size are simulated: the server's own scheduler and block pool on a clock, with step times from a
 roofline whose constants were fitted to published kernel and iteration times, before any of these experiments was run.
+Pages of titles that say "measured" are not: there the engine itself serves the small model that ships, in real time, on
+the device that the page names.
 """
 
 
