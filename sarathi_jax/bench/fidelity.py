@@ -4,20 +4,22 @@
 
 For each model its programs are timed, as `main.py profile` does. Then, for each policy:
 
-1. The engine serves a workload to warm up and to correct the table (`sarathi_jax.simulate.in_service`); the table is
-   frozen.
-2. At three shares of the throughput that the engine reached, the simulator and the engine serve the same requests, the
-   engine twice, so that it is known how far two identical runs are apart.
+1. The engine serves requests to correct the table by (`sarathi_jax.bench.calibration`), then the requests that are
+   compared, at three shares of the throughput that it reached; and both once more. Of the two corrected tables the mean
+   is taken; how far the two identical runs are apart is known as well.
+2. The simulator serves the requests that are compared by that table, which has seen none of them.
 3. The simulator's capacity is searched, then twice the engine's, which begins where the simulator's ended. The SLO is
    the P99 TBT that the simulator expects of the first policy at the largest of the three loads.
 
 What was measured is kept in the folder, part by part: a run that was cut off goes on where it was. Nothing else should
-run meanwhile.
+run meanwhile. The shares are of what is done when all requests come at once. From 0.8 on two identical runs of
+the engine differ by half in their P50 TTFT.
 """
 
 import dataclasses
 import functools
 import json
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +29,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from sarathi_jax.bench import fidelity_page
+from sarathi_jax.bench.calibration import calibrate, throughput
 from sarathi_jax.bench.replay import replay
 from sarathi_jax.latency import DEVICES, LatencyTable
 from sarathi_jax.llm import LLM
@@ -34,18 +37,17 @@ from sarathi_jax.loading import load
 from sarathi_jax.resources import config_path
 from sarathi_jax.simulate import Deployment, simulate
 from sarathi_jax.simulate.capacity import Capacity, find_capacity
-from sarathi_jax.simulate.in_service import in_service
 from sarathi_jax.simulate.memory import cache_of
 from sarathi_jax.simulate.probes import simulated
 from sarathi_jax.telemetry.run import Run
 from sarathi_jax.timing import about_table, measure
-from sarathi_jax.workloads import Workload, Workloads, WorkloadSpec, static
+from sarathi_jax.workloads import Workload, Workloads, WorkloadSpec
 
 _OUT = flags.DEFINE_string("out", "build/fidelity", "folder of what is measured, which a later run goes on with")
 _PAGE = flags.DEFINE_string("page", None, "file for the page (.md); pictures and numbers go beside it")
 _MODELS = flags.DEFINE_list("models", ["shipped:2048", "llama-200m:1024"], "name of configs/models : context, each")
 _POLICIES = flags.DEFINE_list("policies", ["sarathi", "vllm", "orca"], "policies to compare")
-_LOADS = flags.DEFINE_list("loads", ["0.4", "0.6", "0.8"], "shares of the throughput")
+_LOADS = flags.DEFINE_list("loads", ["0.4", "0.55", "0.7"], "shares of the throughput")
 _SECONDS = flags.DEFINE_float("seconds", 30, "of arrivals in each run, about", lower_bound=0.1)
 _LEAST = flags.DEFINE_integer("least_requests", 40, "of each run", lower_bound=1)
 _MAX_NUM_SEQS = flags.DEFINE_integer("max_num_seqs", 16, "sequences at once", lower_bound=1)
@@ -53,7 +55,6 @@ _TOLERANCE = flags.DEFINE_float("tolerance", 0.05, "of capacities", lower_bound=
 
 _BUDGET = 512  # tokens of a step of policies that cut prompts
 _WHOLE = ("vllm", "orca")  # policies that compute prompts whole
-_CALIBRATION_LOAD = 0.5  # of the throughput
 _NEAR = 1.15  # how far the engine's capacity may be from the simulator's, about
 _SHIPPED = "shipped"
 
@@ -111,17 +112,13 @@ class Pair:
         engine = dataclasses.replace(llm.engine_config, num_blocks=llm.cache_config.num_blocks)
         self.table = table
         self._deployment = Deployment(llm.model_config, DEVICES["cpu"], engine)
-        self._workloads: Workloads = WorkloadSpec(trace="chat", num_requests=1).open(case.context)
+        self.workloads: Workloads = WorkloadSpec(trace="chat", num_requests=1).open(case.context)
         self._salt = 0
         assert cache_of(self._deployment) == llm.cache_config, "the simulation has another cache"
 
     def workload(self, number: int, rate: float, seed: int) -> Workload:
         """Chat requests, scaled to the context."""
-        return dataclasses.replace(self._workloads, number=number).at(rate, seed)
-
-    def rush(self, number: int, seed: int) -> Workload:
-        """Chat requests that all come at once."""
-        return dataclasses.replace(self.workload(number, 1.0, seed), arrivals=static)
+        return dataclasses.replace(self.workloads, number=number).at(rate, seed)
 
     def simulate(self, workload: Workload) -> Run:
         """By the table."""
@@ -170,26 +167,24 @@ def compare(case: Case, kept: Kept, folder: Path) -> None:
     with LLM(case.model, progress=False, **case.engine) as llm:
         pair = Pair(case, llm, table)
         say = f"{case.name} {case.policy}"
-        corrected = folder / f"{case.name}-{case.policy}.json"
-        # Programs that have never run take longer the first time.
-        pair.serve(pair.rush(_MAX_NUM_SEQS.value, 100))
-
-        def calibrate() -> dict[str, float]:
-            throughput = pair.serve(pair.rush(2 * _MAX_NUM_SEQS.value, 101)).throughput.requests_per_s
-            count = number_at(_CALIBRATION_LOAD * throughput)
-            steps = pair.serve(pair.workload(count, _CALIBRATION_LOAD * throughput, 102)).steps[0]
-            in_service(table, steps).save(corrected)
-            return {"requests_per_s": throughput}
-
-        throughput = kept.get(f"{say} calibration", calibrate)["requests_per_s"]
-        pair.table = LatencyTable.load(corrected)
-        rates = [float(load) * throughput for load in _LOADS.value]
+        # Of requests that all come at once.
+        done = kept.get(f"{say} throughput", lambda: throughput(llm, pair.workloads))
+        pair.serve(pair.workload(_MAX_NUM_SEQS.value, done, 99))  # what runs first takes longer
+        rates = [float(load) * done for load in _LOADS.value]
+        corrected = []
+        for i, name in enumerate("ab"):  # a machine that others use, too, is not the same from minute to minute
+            path = folder / f"{case.name}-{case.policy}-{name}.json"
+            if not path.exists():
+                least = _LEAST.value
+                calibrate(llm, table, pair.workloads, done, _SECONDS.value, least=least, seed=i).save(path)
+            corrected.append(LatencyTable.load(path))
+            for rate in rates:
+                workload = pair.workload(number_at(rate), rate, 0)
+                kept.get(f"{say} real {rate:g} {name}", lambda w=workload: figures(pair.serve(w)))
+        pair.table = mean_of(corrected)
         for rate in rates:
             workload = pair.workload(number_at(rate), rate, 0)
             kept.get(f"{say} sim {rate:g}", lambda w=workload: figures(pair.simulate(w)))
-        for name, rate in [(name, rate) for name in "ab" for rate in rates]:
-            workload = pair.workload(number_at(rate), rate, 0)
-            kept.get(f"{say} real {rate:g} {name}", lambda w=workload: figures(pair.serve(w)))
         slo_s = kept.get(f"{case.name} slo", lambda: kept.parts[f"{say} sim {rates[-1]:g}"]["p99_tbt_s"])
         number = number_at(rates[-1])
         found = kept.get(
@@ -202,6 +197,15 @@ def compare(case: Case, kept: Kept, folder: Path) -> None:
                     lambda: capacity_figures(pair.capacity(number, slo_s, found["requests_per_s"]), number),
                 )
         assert llm.num_late_compiles == 0, "a program was compiled while it was measured"
+
+
+def mean_of(tables: Sequence[LatencyTable]) -> LatencyTable:
+    """The mean of tables of the same programs."""
+    timings = [
+        dataclasses.replace(same[0], seconds=statistics.fmean(timing.seconds for timing in same))
+        for same in zip(*(table.timings for table in tables), strict=True)
+    ]
+    return LatencyTable(timings, tables[0].about, statistics.fmean(table.idle_s for table in tables))
 
 
 def number_at(rate: float) -> int:

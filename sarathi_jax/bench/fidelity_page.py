@@ -98,8 +98,8 @@ On {machine}: {num_close} of {len(found)} numbers are close, {within} of them wi
 Chat requests (the paper's quantiles) scaled to the model's context, at three shares of the throughput that each policy
 reached. *Error* is the simulated number against the mean of two identical real runs, *spread* how far these are apart;
 *close* means an error of at most 10 %, or of at most the spread where that is larger. The simulator goes by a table of
-the programs' times, corrected by what steps took in a run of other requests (`simulate/in_service.py`); it was frozen
-before the runs that are compared.
+the programs' times, corrected by what steps took while other requests were served (`simulate/in_service.py`), once
+before each of the two real runs; none of the steps that are compared is in it.
 
 ![simulated and real](fidelity.svg)
 

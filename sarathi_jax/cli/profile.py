@@ -7,6 +7,10 @@ The table is what a simulation of this device goes by:
   PROGRAM simulate --table table.json --trace chat --rate 2
 It holds one program for each bucket: give the flags of the model and the engine that shall be simulated. Nothing else
 should run meanwhile.
+
+In service the host has work beside the device, which matters where steps are short. To have the table corrected by what
+steps take while requests are served for about half a minute:
+  PROGRAM profile --out table.json --serve_s 30
 """
 
 import sys
@@ -16,19 +20,28 @@ from pathlib import Path
 from absl import flags
 
 from sarathi_jax.cli.fields import UsageError
-from sarathi_jax.cli.model_flags import define_model_flags, model_arguments
+from sarathi_jax.cli.model_flags import ModelArguments, define_model_flags, model_arguments
 from sarathi_jax.cli.streams import keep_stdout
 from sarathi_jax.latency import LatencyTable
+from sarathi_jax.workloads import WorkloadSpec
 
 SUMMARY = "measures the step times of a model on this device"
 
 _SKIP = ("seed",)
+_LEAST_SERVED = 20
 
 
 def define(values: flags.FlagValues) -> None:
     """Defines the flags: where the table goes, then the model's."""
     flags.DEFINE_string("out", None, "file for the table (.json).", flag_values=values)
     flags.DEFINE_string("picture", None, "file for a picture of it (.svg or .png).", flag_values=values)
+    flags.DEFINE_float(
+        "serve_s",
+        0.0,
+        "serves chat requests for about so long, and corrects the table by what steps took; 0: does not.",
+        lower_bound=0.0,
+        flag_values=values,
+    )
     define_model_flags(values, _SKIP)
 
 
@@ -41,6 +54,8 @@ def run(values: flags.FlagValues, arguments: Sequence[str]) -> int:
     if values.picture is not None and not values.picture.endswith((".svg", ".png")):
         raise UsageError(f"--picture={values.picture} must end with .svg or .png")
     model = model_arguments(values, _SKIP)
+    if values.serve_s and model.engine.get("hosts", 1) > 1:
+        raise UsageError("--serve_s is of one process: leave out --hosts, or --serve_s")
     # Here, so that --help and wrong flags are answered without waiting for jax.
     from sarathi_jax.loading import load
     from sarathi_jax.telemetry.plots import latency_curves
@@ -54,6 +69,9 @@ def run(values: flags.FlagValues, arguments: Sequence[str]) -> int:
     about = about_table(own, engine, cache)
     runner = loaded.replicas[0].runner
     table = measure(engine, cache, runner, own.vocab_size, loaded.hosts, about=about, progress=progress)
+    loaded.close()
+    if values.serve_s:
+        table = _corrected(model, table, values.serve_s)
     out = Path(values.out).expanduser()
     table.save(out)
     print(f"{about['device']}, {loaded.path.name}, {engine.dtype}, {cache.num_blocks} blocks of {cache.block_size}\n")
@@ -61,8 +79,24 @@ def run(values: flags.FlagValues, arguments: Sequence[str]) -> int:
     print(f"\nwritten to {out}")
     if values.picture is not None:
         latency_curves(table, Path(values.picture).expanduser())
-    loaded.close()
     return 0
+
+
+def _corrected(model: ModelArguments, table: LatencyTable, seconds: float) -> LatencyTable:
+    """The table as it is in service."""
+    from sarathi_jax.bench.calibration import calibrate, throughput
+    from sarathi_jax.llm import LLM
+
+    with LLM(model.model, dtype=model.dtype, progress=False, **model.engine) as llm:
+        cache = llm.cache_config
+        longest = min(cache.max_model_len, cache.num_blocks * cache.block_size)
+        workloads = WorkloadSpec(trace="chat").open(longest)
+        done = throughput(llm, workloads)
+        corrected = calibrate(llm, table, workloads, done, seconds, least=_LEAST_SERVED)
+    print(
+        f"in service: {done:.3g} requests/s at most; a step after idleness takes {1e3 * corrected.idle_s:.3g} ms more"
+    )
+    return corrected
 
 
 def table_text(table: LatencyTable) -> str:

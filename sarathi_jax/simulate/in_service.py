@@ -16,9 +16,9 @@ def in_service(table: LatencyTable, steps: Sequence[StepRecord]) -> LatencyTable
     """The table as the steps of a run bear it out.
 
     `sarathi_jax.timing.measure` runs each program over and over. In service planning, packing and what the caller does
-    take their share of the processor meanwhile, and a step that finds the device idle waits for them. The times of each
-    bucket, with prompts and without, are multiplied by what such steps took to what the table says; `idle_s` is the
-    mean of what is left.
+    take their share of the processor meanwhile; a quick step is over before the next one is planned, and one that finds
+    the device idle waits for all of it. The times of each bucket, with prompts and without, are multiplied by the times
+    from one step's tokens to the next one's, to what the table says; `idle_s` is what steps after idleness took longer.
 
     Args:
       table: as measured.
@@ -27,10 +27,14 @@ def in_service(table: LatencyTable, steps: Sequence[StepRecord]) -> LatencyTable
     Returns:
       Another table; the same one where there are no steps.
     """
-    busy, idle = list[StepRecord](), list[StepRecord]()
+    busy, idle = list[tuple[StepRecord, float]](), list[StepRecord]()
     for before, step in itertools.pairwise(steps):
-        (idle if step.scheduled_s >= before.ended_s else busy).append(step)
-    measured = _Ratios(table, busy or idle)  # without overlap every step waits for its planning
+        if step.scheduled_s < before.ended_s:
+            busy.append((step, step.ended_s - before.ended_s))
+        else:
+            idle.append(step)
+    # Without overlap every step waits for its planning.
+    measured = _Ratios(table, busy or [(step, step.duration_s) for step in idle])
     if not measured.of_all:
         return table
     timings = [
@@ -49,12 +53,12 @@ class _Ratios:
       of_all: seconds measured and tabulated of each step.
     """
 
-    def __init__(self, table: LatencyTable, steps: Sequence[StepRecord]):
+    def __init__(self, table: LatencyTable, steps: Sequence[tuple[StepRecord, float]]):
         self.of_all = list[tuple[float, float]]()
         self._of_kind = collections.defaultdict[bool, list[tuple[float, float]]](list)
         self._of_bucket = collections.defaultdict[tuple[int, bool], list[tuple[float, float]]](list)
-        for step in steps:
-            pair, has_prompts = (step.duration_s, table.step_s(step.plan.work)), step.plan.num_prefill_keys > 0
+        for step, took_s in steps:
+            pair, has_prompts = (took_s, table.step_s(step.plan.work)), step.plan.num_prefill_keys > 0
             self.of_all.append(pair)
             self._of_kind[has_prompts].append(pair)
             self._of_bucket[step.plan.bucket, has_prompts].append(pair)

@@ -59,6 +59,7 @@ def test_a_url_that_nobody_answers_is_told(capsys):
         ((), "--out is missing"),
         (("--out=t.json", "--picture=t.gif"), ".svg"),
         (("--out=t.json", "--policy=fifo"), "policy"),
+        (("--out=t.json", "--serve_s=5", "--hosts=2", "--coordinator=127.0.0.1:9"), "--serve_s is of one process"),
         (("more",), "unexpected"),
     ],
 )

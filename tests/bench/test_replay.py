@@ -219,3 +219,6 @@ def test_profile_writes_a_table_that_can_be_read(tiny, tmp_path, capsys):
     assert "bucket" in capsys.readouterr().out
     assert LatencyTable.load(out).buckets == (16, 64)
     assert picture.exists()
+    assert main(["main.py", "profile", f"--model={tiny}", f"--out={out}", "--serve_s=0.2", *SIZES]) == 0
+    assert "in service: " in capsys.readouterr().out
+    assert LatencyTable.load(out).idle_s > 0

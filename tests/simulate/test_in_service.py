@@ -60,6 +60,12 @@ def test_a_step_that_finds_the_device_idle_waits_for_its_planning():
     assert corrected.step_s(Work(8, 1, 10)) == pytest.approx(0.008)
 
 
+def test_a_quick_step_waits_for_the_planning_of_the_next():
+    """Planned while a step of 8 ms runs, launched 3 ms after its end."""
+    corrected = in_service(TABLE, records([DECODE] * 10, {8: 1.0}, host_s=0.0031))
+    assert corrected.step_s(Work(8, 1, 10)) == pytest.approx(0.011)
+
+
 def test_without_overlap_every_step_waits():
     corrected = in_service(TABLE, records([DECODE] * 10, {8: 1.25}, gap_s=1e-9, host_s=0.001))
     assert corrected.step_s(Work(8, 1, 10)) == pytest.approx(0.010)

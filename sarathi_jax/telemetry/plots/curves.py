@@ -137,7 +137,7 @@ def crossing(points: Sequence[tuple[float, float]], slo_s: float) -> float | Non
 
 
 def latency_curves(table: LatencyTable, path: Path) -> None:
-    """A latency table: the time of every program over the fill of the cache, full of decodes and of one prompt.
+    """A latency table: the time of every program over the fill of the cache, of many decodes, of one, of one prompt.
 
     Args:
       table: measured.
@@ -149,17 +149,23 @@ def latency_curves(table: LatencyTable, path: Path) -> None:
     colours = {bucket: str(0.75 - 0.75 * i / len(table.buckets)) for i, bucket in enumerate(table.buckets)}
     with picture(path, (10, 4.4), ncols=2, sharey=True) as (decodes, prompts):
         for bucket in table.buckets:
-            for axes, is_decodes in ((decodes, True), (prompts, False)):
+            its = [timing for timing in table.timings if timing.bucket == bucket]
+            most = max(timing.num_decodes for timing in its)
+            for number in sorted({timing.num_decodes for timing in its}):
                 points = sorted(
-                    (timing.num_decode_keys if is_decodes else timing.num_prefill_keys, 1e3 * timing.seconds)
-                    for timing in table.timings
-                    if timing.bucket == bucket and bool(timing.num_decodes) == is_decodes
+                    (timing.num_decode_keys if number else timing.num_prefill_keys, 1e3 * timing.seconds)
+                    for timing in its
+                    if timing.num_decodes == number
                 )
-                axes.plot(*zip(*points, strict=True), marker="o", ms=4, color=colours[bucket], label=f"{bucket} tokens")
+                axes = decodes if number else prompts
+                line = "--" if 0 < number < most else "-"
+                axes.plot(
+                    *zip(*points, strict=True), line, marker="o", ms=4, color=colours[bucket], label=f"{bucket} tokens"
+                )
         decodes.set(yscale="log", xlabel="keys that the decodes read", ylabel="step [ms]")
         plain_ticks(decodes.yaxis)
         prompts.set(xlabel="keys that the prompt's queries read, summed")
-        decodes.set_title("Steps of decodes")
+        decodes.set_title("Steps of decodes (dashed: of one)")
         prompts.set_title("Steps of one prompt")
         prompts.legend(loc="lower right")
         for axes in (decodes, prompts):
