@@ -20,10 +20,13 @@ from sarathi_jax.bench.paper.markdown import Comparison, Order, comparison_table
 from sarathi_jax.bench.paper.parallel import in_parallel
 from sarathi_jax.bench.paper.real import Engines
 from sarathi_jax.bench.paper.report import write_index, write_page
+from sarathi_jax.latency import Backlog
 from sarathi_jax.latency.devices import Link
 from sarathi_jax.resources import config_names, config_path
+from sarathi_jax.scheduling.plan import Chunk, SchedulerState, StepPlan
 from sarathi_jax.telemetry.definitions import MEDIAN_DELAY_SLO_S, SampleTimes
 from sarathi_jax.telemetry.run import Run
+from sarathi_jax.telemetry.steps import StepRecord
 from sarathi_jax.timing import device_name
 from sarathi_jax.workloads import poisson
 
@@ -211,6 +214,15 @@ def test_waits_of_a_run_that_was_cut_off_count():
     assert row["line"] == "vllm"
     assert row["longest_wait_s"] == pytest.approx(5.0)
     assert row["p99_tbt_s"] == float("inf")
+    assert row["longest_stall_s"] == 0.0, "nothing is known of steps"
+
+
+def test_stalls_are_what_prompts_take_of_a_wait():
+    sample = SampleTimes("0", 0.0, (1.0, 1.1, 3.1), first_scheduled_s=0.0, finished_s=3.1)
+    decode, prompt = StepPlan((Chunk(0, 9, 1, True),), 8, 1), StepPlan((Chunk(1, 0, 60, True),), 64, 0)
+    state, spans = SchedulerState(1, 0, 9, 9, Backlog()), ((decode, 1.0, 1.1), (prompt, 1.1, 1.6), (decode, 1.6, 3.1))
+    steps = [StepRecord(plan, ("0",), at_s, at_s, at_s, end_s, 1, (), (), state) for plan, at_s, end_s in spans]
+    assert real_stall.longest_stalls(Run((sample,), 3.1, (tuple(steps),))) == {"0": pytest.approx(0.5)}
 
 
 def test_each_engine_is_opened_once():
