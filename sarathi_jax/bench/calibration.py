@@ -8,7 +8,6 @@ from sarathi_jax.llm import LLM
 from sarathi_jax.simulate.in_service import in_service
 from sarathi_jax.workloads import Workloads, static
 
-_LOAD = 0.5  # of the throughput: there are steps of every size, and some find the device idle
 _FIRST_SEED = 100  # other requests than anybody measures
 
 
@@ -28,19 +27,19 @@ def throughput(llm: LLM, workloads: Workloads) -> float:
 
 
 def calibrate(
-    llm: LLM, table: LatencyTable, workloads: Workloads, done: float, seconds: float, *, least: int, seed: int = 0
+    llm: LLM, table: LatencyTable, workloads: Workloads, rate: float, seconds: float, *, least: int, seed: int = 0
 ) -> LatencyTable:
-    """The table as requests bear it out that come at half the throughput.
+    """The table as requests bear it out that come at a rate.
 
     Args:
       llm: idle; nobody else may use it meanwhile.
       table: of its programs, as `sarathi_jax.timing.measure` has it.
       workloads: what is served.
-      done: the throughput, see `throughput`.
+      rate: requests a second; well below the throughput there are steps of every size, and some find the device idle.
       seconds: how long requests come.
       least: so many come at least.
       seed: of the requests.
     """
-    rate, own_seed = _LOAD * done, _FIRST_SEED + 1 + seed
+    own_seed = _FIRST_SEED + 1 + seed
     load = dataclasses.replace(workloads, number=max(least, round(seconds * rate))).at(rate, own_seed)
     return in_service(table, replay(llm, load.requests(), seed=own_seed, progress=False).steps[0])

@@ -28,7 +28,7 @@ from sarathi_jax.workloads import WorkloadSpec
 SUMMARY = "measures the step times of a model on this device"
 
 _SKIP = ("seed",)
-_LEAST_SERVED = 20
+_LEAST_SERVED, _LOAD = 20, 0.5
 
 
 def define(values: flags.FlagValues) -> None:
@@ -92,7 +92,7 @@ def _corrected(model: ModelArguments, table: LatencyTable, seconds: float) -> La
         longest = min(cache.max_model_len, cache.num_blocks * cache.block_size)
         workloads = WorkloadSpec(trace="chat").open(longest)
         done = throughput(llm, workloads)
-        corrected = calibrate(llm, table, workloads, done, seconds, least=_LEAST_SERVED)
+        corrected = calibrate(llm, table, workloads, _LOAD * done, seconds, least=_LEAST_SERVED)
     print(
         f"in service: {done:.3g} requests/s at most; a step after idleness takes {1e3 * corrected.idle_s:.3g} ms more"
     )
