@@ -5,14 +5,14 @@
 For each model its programs are timed, as `main.py profile` does. Then, for each policy:
 
 1. The engine serves requests to correct the table by (`sarathi_jax.bench.calibration`), then the requests that are
-   compared, at three shares of the throughput that it reached; and both once more. Of the two corrected tables the mean
-   is taken; how far the two identical runs are apart is known as well.
+   compared, at three shares of the throughput that it reached; and all of it in further rounds, each of which corrects
+   the table by another load. The mean of these tables is taken; how far identical runs are apart is known as well.
 2. The simulator serves the requests that are compared by that table, which has seen none of them.
-3. The simulator's capacity is searched, then twice the engine's, which begins where the simulator's ended. The SLO is
-   the P99 TBT that the simulator expects of the first policy at the largest of the three loads.
+3. The simulator's capacity is searched, then the engine's in as many rounds, which begins where the simulator's ended.
+   The SLO is the P99 TBT that the simulator expects of the first policy at the largest of the three loads.
 
-What was measured is kept in the folder, part by part: a run that was cut off goes on where it was. Nothing else should
-run meanwhile. The shares are of what is done when all requests come at once. From 0.8 on two identical runs of
+What was measured is kept in the folder, part by part: a run that was cut off goes on where it was, also by more rounds.
+Nothing else should run meanwhile. The shares are of what is done when all requests come at once. From 0.8 on two identical runs of
 the engine differ by half in their P50 TTFT.
 """
 
@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import json
 import statistics
+import string
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,6 +52,7 @@ _LOADS = flags.DEFINE_list("loads", ["0.4", "0.55", "0.7"], "shares of the throu
 _SECONDS = flags.DEFINE_float("seconds", 30, "of arrivals in each run, about", lower_bound=0.1)
 _LEAST = flags.DEFINE_integer("least_requests", 40, "of each run", lower_bound=1)
 _MAX_NUM_SEQS = flags.DEFINE_integer("max_num_seqs", 16, "sequences at once", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "identical runs of the engine", lower_bound=2, upper_bound=26)
 _TOLERANCE = flags.DEFINE_float("tolerance", 0.05, "of capacities", lower_bound=0.001)
 
 _BUDGET = 512  # tokens of a step of policies that cut prompts
@@ -99,9 +101,13 @@ class Kept:
     def get(self, name: str, make: Callable[[], Any]) -> Any:
         """A part; measured now, if it is not there yet."""
         if name not in self.parts:
-            self.parts[name] = make()
-            self._path.write_text(json.dumps(self.parts, indent=1) + "\n")
+            self.put(name, make())
         return self.parts[name]
+
+    def put(self, name: str, part: Any) -> None:
+        """Another part in the place of what was there."""
+        self.parts[name] = part
+        self._path.write_text(json.dumps(self.parts, indent=1) + "\n")
 
 
 class Pair:
@@ -171,32 +177,30 @@ def compare(case: Case, kept: Kept, folder: Path) -> None:
         done = kept.get(f"{say} throughput", lambda: throughput(llm, pair.workloads))
         pair.serve(pair.workload(_MAX_NUM_SEQS.value, done, 99))  # what runs first takes longer
         rates = [float(load) * done for load in _LOADS.value]
-        corrected = []
-        # Twice: a machine that others use, too, is not the same from minute to minute; with few and with many at once.
-        for seed, (name, known_at) in enumerate(zip("ab", (rates[0], rates[-1]), strict=True)):
+        corrected, rounds = [], string.ascii_lowercase[: _ROUNDS.value]
+        # A machine that others use, too, is not the same from minute to minute.
+        for i, name in enumerate(rounds):
             path = folder / f"{case.name}-{case.policy}-{name}.json"
             if not path.exists():
-                steps = {"seconds": _SECONDS.value, "least": _LEAST.value, "seed": seed}
-                calibrate(llm, table, pair.workloads, known_at, **steps).save(path)
+                # By the lowest load, the highest, and so down: steps with few and with many at once.
+                known_at, steps = rates[-i % len(rates)], {"seconds": _SECONDS.value, "least": _LEAST.value}
+                calibrate(llm, table, pair.workloads, known_at, **steps, seed=i).save(path)
             corrected.append(LatencyTable.load(path))
             for rate in rates:
                 workload = pair.workload(number_at(rate), rate, 0)
                 kept.get(f"{say} real {rate:g} {name}", lambda w=workload: figures(pair.serve(w)))
         pair.table = mean_of(corrected)
         for rate in rates:
-            workload = pair.workload(number_at(rate), rate, 0)
-            kept.get(f"{say} sim {rate:g}", lambda w=workload: figures(pair.simulate(w)))
+            kept.put(f"{say} sim {rate:g}", figures(pair.simulate(pair.workload(number_at(rate), rate, 0))))
         slo_s = kept.get(f"{case.name} slo", lambda: kept.parts[f"{say} sim {rates[-1]:g}"]["p99_tbt_s"])
         number = number_at(rates[-1])
-        found = kept.get(
-            f"{say} capacity sim", lambda: capacity_figures(pair.simulated_capacity(number, slo_s), number)
-        )
-        if found["requests_per_s"]:
-            for name in "ab":
-                kept.get(
-                    f"{say} capacity real {name}",
-                    lambda: capacity_figures(pair.capacity(number, slo_s, found["requests_per_s"]), number),
-                )
+        kept.put(f"{say} capacity sim", capacity_figures(pair.simulated_capacity(number, slo_s), number))
+        guess = kept.parts[f"{say} capacity sim"]["requests_per_s"]
+        for name in rounds if guess else "":
+            kept.get(
+                f"{say} capacity real {name}",
+                lambda: capacity_figures(pair.capacity(number, slo_s, guess), number),
+            )
         assert llm.num_late_compiles == 0, "a program was compiled while it was measured"
 
 

@@ -1,6 +1,7 @@
 """The page and the picture of `sarathi_jax.bench.fidelity`."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ _METRICS = {"p50_ttft_s": "P50 TTFT", "p99_tbt_s": "P99 TBT"}
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One number of the simulator's, and the same of two identical real runs.
+    """One number of the simulator's, and the same of identical real runs.
 
     Attributes:
       case: model and policy.
@@ -42,8 +43,9 @@ class Comparison:
 
     @property
     def spread(self) -> float:
-        """How far the real runs are from each other, as a share of their mean."""
-        return (max(self.real) - min(self.real)) / self.mean
+        """How far two real runs are from each other, the mean of all pairs, as a share of their mean."""
+        apart = [abs(one - other) for one, other in itertools.combinations(self.real, 2)]
+        return sum(apart) / len(apart) / self.mean
 
     @property
     def is_close(self) -> bool:
@@ -63,14 +65,18 @@ def comparisons(parts: Mapping[str, Any], cases: Sequence[tuple[str, str]]) -> l
         say = " ".join(case)
         of_case = {name.removeprefix(f"{say} "): part for name, part in parts.items() if name.startswith(f"{say} ")}
         for load in (name.removeprefix("sim ") for name in of_case if name.startswith("sim ")):
-            real = [of_case[f"real {load} {run}"] for run in "ab"]
+            real = _rounds(of_case, f"real {load} ")
             for key, what in _METRICS.items():
-                both = tuple(run[key] for run in real)
-                found.append(Comparison(case, what, float(load), of_case[f"sim {load}"][key], both))
-        if "capacity real b" in of_case:
-            both = tuple(of_case[f"capacity real {run}"]["requests_per_s"] for run in "ab")
-            found.append(Comparison(case, "capacity", None, of_case["capacity sim"]["requests_per_s"], both))
+                values = tuple(run[key] for run in real)
+                found.append(Comparison(case, what, float(load), of_case[f"sim {load}"][key], values))
+        if real := _rounds(of_case, "capacity real "):
+            values = tuple(run["requests_per_s"] for run in real)
+            found.append(Comparison(case, "capacity", None, of_case["capacity sim"]["requests_per_s"], values))
     return found
+
+
+def _rounds(parts: Mapping[str, Any], start: str) -> list[Mapping[str, Any]]:
+    return [part for name, part in parts.items() if name.startswith(start)]
 
 
 def page(parts: Mapping[str, Any], cases: Sequence[tuple[str, str]], machine: str) -> str:
@@ -82,24 +88,25 @@ def page(parts: Mapping[str, Any], cases: Sequence[tuple[str, str]], machine: st
             *one.case,
             "" if one.load is None else f"{one.load:.3g}",
             one.what,
-            *(_text(value, one.what) for value in (one.simulated, *one.real)),
+            _text(one.what, one.simulated),
+            _text(one.what, *one.real),
             f"{one.error:+.1%}",
             f"{one.spread:.1%}",
             "yes" if one.is_close else "**no**",
         ]
         for one in found
     ]
-    header = ["model", "policy", "requests/s", "what", "simulated", "real", "again", "error", "spread", "close"]
+    header = ["model", "policy", "requests/s", "what", "simulated", "real", "error", "spread", "close"]
     within = sum(abs(one.error) <= _CLOSE for one in found)
     return f"""# The simulator against the real engine
 
 On {machine}: {num_close} of {len(found)} numbers are close, {within} of them within 10 %.
 
 Chat requests (the paper's quantiles) scaled to the model's context, at three shares of the throughput that each policy
-reached. *Error* is the simulated number against the mean of two identical real runs, *spread* how far these are apart;
-*close* means an error of at most 10 %, or of at most the spread where that is larger. The simulator goes by a table of
-the programs' times, corrected by what steps took while other requests were served (`simulate/in_service.py`), once
-before each of the two real runs; none of the steps that are compared is in it.
+reached. *Error* is the simulated number against the mean of identical real runs, *spread* how far two of these are apart
+(the mean of all pairs); *close* means an error of at most 10 %, or of at most the spread where that is larger. The
+simulator goes by a table of the programs' times, corrected by what steps took while other requests were served
+(`simulate/in_service.py`), before each of the real runs; none of the steps that are compared is in it.
 
 ![simulated and real](fidelity.svg)
 
@@ -142,6 +149,6 @@ def _draw(axes: Any, what: str, found: Sequence[Comparison]) -> None:
     axes.legend(loc="best", fontsize=7)
 
 
-def _text(value: float, what: str) -> str:
-    scaled, unit = (value, "/s") if what == "capacity" else (1e3 * value, " ms")
-    return f"{number(scaled)}{unit}"
+def _text(what: str, *values: float) -> str:
+    scale, unit = (1, "/s") if what == "capacity" else (1e3, " ms")
+    return ", ".join(number(scale * value) for value in values) + unit
