@@ -3,9 +3,8 @@
 import dataclasses
 
 from sarathi_jax.bench.replay import replay
-from sarathi_jax.latency import LatencyTable
 from sarathi_jax.llm import LLM
-from sarathi_jax.simulate.in_service import in_service
+from sarathi_jax.simulate.in_service import ServedStep
 from sarathi_jax.workloads import Workloads, static
 
 _FIRST_SEED = 100  # other requests than anybody measures
@@ -26,20 +25,20 @@ def throughput(llm: LLM, workloads: Workloads) -> float:
     return done
 
 
-def calibrate(
-    llm: LLM, table: LatencyTable, workloads: Workloads, rate: float, seconds: float, *, least: int, seed: int = 0
-) -> LatencyTable:
-    """The table as requests bear it out that come at a rate.
+def served_steps(
+    llm: LLM, workloads: Workloads, rate: float, seconds: float, *, least: int, seed: int = 0
+) -> list[ServedStep]:
+    """The steps by which requests were served that came at a rate, to correct a table by (`in_service`).
 
     Args:
       llm: idle; nobody else may use it meanwhile.
-      table: of its programs, as `sarathi_jax.timing.measure` has it.
       workloads: what is served.
-      rate: requests a second; well below the throughput there are steps of every size, and some find the device idle.
+      rate: requests a second.
       seconds: how long requests come.
       least: so many come at least.
       seed: of the requests.
     """
     own_seed = _FIRST_SEED + 1 + seed
     load = dataclasses.replace(workloads, number=max(least, round(seconds * rate))).at(rate, own_seed)
-    return in_service(table, replay(llm, load.requests(), seed=own_seed, progress=False).steps[0])
+    (steps,) = replay(llm, load.requests(), seed=own_seed, progress=False).steps
+    return [ServedStep.of(step) for step in steps]

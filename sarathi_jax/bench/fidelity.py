@@ -5,21 +5,20 @@
 For each model its programs are timed, as `main.py profile` does. Then, for each policy:
 
 1. The engine serves requests to correct the table by (`sarathi_jax.bench.calibration`), then the requests that are
-   compared, at three shares of the throughput that it reached; and all of it in further rounds, each of which corrects
-   the table by another load. The mean of these tables is taken; how far identical runs are apart is known as well.
+   compared, at three shares of the throughput that it reached; and all of it in further rounds, the first part at
+   another load each time. All rounds correct the table; how far identical runs are apart is known as well.
 2. The simulator serves the requests that are compared by that table, which has seen none of them.
 3. The simulator's capacity is searched, then the engine's in as many rounds, which begins where the simulator's ended.
    The SLO is the P99 TBT that the simulator expects of the first policy at the largest of the three loads.
 
 What was measured is kept in the folder, part by part: a run that was cut off goes on where it was, also by more rounds.
-Nothing else should run meanwhile. The shares are of what is done when all requests come at once. From 0.8 on two identical runs of
-the engine differ by half in their P50 TTFT.
+Nothing else should run meanwhile. The shares are of what is done when all requests come at once. From 0.8 on two
+identical runs of the engine differ by half in their P50 TTFT.
 """
 
 import dataclasses
 import functools
 import json
-import statistics
 import string
 import sys
 from collections.abc import Callable, Sequence
@@ -30,14 +29,15 @@ from absl import app, flags
 from tqdm import tqdm
 
 from sarathi_jax.bench import fidelity_page
-from sarathi_jax.bench.calibration import calibrate, throughput
+from sarathi_jax.bench.calibration import served_steps, throughput
 from sarathi_jax.bench.replay import replay
-from sarathi_jax.latency import DEVICES, LatencyTable
+from sarathi_jax.latency import DEVICES, LatencyTable, Work
 from sarathi_jax.llm import LLM
 from sarathi_jax.loading import load
 from sarathi_jax.resources import config_path
 from sarathi_jax.simulate import Deployment, simulate
 from sarathi_jax.simulate.capacity import Capacity, find_capacity
+from sarathi_jax.simulate.in_service import ServedStep, in_service
 from sarathi_jax.simulate.memory import cache_of
 from sarathi_jax.simulate.probes import simulated
 from sarathi_jax.telemetry.run import Run
@@ -177,19 +177,21 @@ def compare(case: Case, kept: Kept, folder: Path) -> None:
         done = kept.get(f"{say} throughput", lambda: throughput(llm, pair.workloads))
         pair.serve(pair.workload(_MAX_NUM_SEQS.value, done, 99))  # what runs first takes longer
         rates = [float(load) * done for load in _LOADS.value]
-        corrected, rounds = [], string.ascii_lowercase[: _ROUNDS.value]
+        runs, rounds = [], string.ascii_lowercase[: _ROUNDS.value]
         # A machine that others use, too, is not the same from minute to minute.
         for i, name in enumerate(rounds):
             path = folder / f"{case.name}-{case.policy}-{name}.json"
             if not path.exists():
                 # By the lowest load, the highest, and so down: steps with few and with many at once.
-                known_at, steps = rates[-i % len(rates)], {"seconds": _SECONDS.value, "least": _LEAST.value}
-                calibrate(llm, table, pair.workloads, known_at, **steps, seed=i).save(path)
-            corrected.append(LatencyTable.load(path))
+                known_at, seconds = rates[-i % len(rates)], _SECONDS.value
+                steps = served_steps(llm, pair.workloads, known_at, seconds, least=_LEAST.value, seed=i)
+                path.write_text(json.dumps([dataclasses.asdict(step) for step in steps]))
+            rows = json.loads(path.read_text())
+            runs.append([ServedStep(**row | {"work": Work(**row["work"])}) for row in rows])
             for rate in rates:
                 workload = pair.workload(number_at(rate), rate, 0)
                 kept.get(f"{say} real {rate:g} {name}", lambda w=workload: figures(pair.serve(w)))
-        pair.table = mean_of(corrected)
+        pair.table = in_service(table, runs)
         for rate in rates:
             kept.put(f"{say} sim {rate:g}", figures(pair.simulate(pair.workload(number_at(rate), rate, 0))))
         slo_s = kept.get(f"{case.name} slo", lambda: kept.parts[f"{say} sim {rates[-1]:g}"]["p99_tbt_s"])
@@ -202,15 +204,6 @@ def compare(case: Case, kept: Kept, folder: Path) -> None:
                 lambda: capacity_figures(pair.capacity(number, slo_s, guess), number),
             )
         assert llm.num_late_compiles == 0, "a program was compiled while it was measured"
-
-
-def mean_of(tables: Sequence[LatencyTable]) -> LatencyTable:
-    """The mean of tables of the same programs."""
-    timings = [
-        dataclasses.replace(same[0], seconds=statistics.fmean(timing.seconds for timing in same))
-        for same in zip(*(table.timings for table in tables), strict=True)
-    ]
-    return LatencyTable(timings, tables[0].about, statistics.fmean(table.idle_s for table in tables))
 
 
 def number_at(rate: float) -> int:

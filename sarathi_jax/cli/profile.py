@@ -28,7 +28,8 @@ from sarathi_jax.workloads import WorkloadSpec
 SUMMARY = "measures the step times of a model on this device"
 
 _SKIP = ("seed",)
-_LEAST_SERVED, _LOAD = 20, 0.5
+_LEAST_SERVED = 20
+_LOADS = (0.4, 0.7)  # of the throughput: steps with few sequences, that find the device idle, and with many
 
 
 def define(values: flags.FlagValues) -> None:
@@ -84,15 +85,17 @@ def run(values: flags.FlagValues, arguments: Sequence[str]) -> int:
 
 def _corrected(model: ModelArguments, table: LatencyTable, seconds: float) -> LatencyTable:
     """The table as it is in service."""
-    from sarathi_jax.bench.calibration import calibrate, throughput
+    from sarathi_jax.bench.calibration import served_steps, throughput
     from sarathi_jax.llm import LLM
+    from sarathi_jax.simulate.in_service import in_service
 
     with LLM(model.model, dtype=model.dtype, progress=False, **model.engine) as llm:
         cache = llm.cache_config
         longest = min(cache.max_model_len, cache.num_blocks * cache.block_size)
         workloads = WorkloadSpec(trace="chat").open(longest)
         done = throughput(llm, workloads)
-        corrected = calibrate(llm, table, workloads, _LOAD * done, seconds, least=_LEAST_SERVED)
+        each = {"seconds": seconds / len(_LOADS), "least": _LEAST_SERVED}
+        corrected = in_service(table, [served_steps(llm, workloads, load * done, **each) for load in _LOADS])
     print(
         f"in service: {done:.3g} requests/s at most; a step after idleness takes {1e3 * corrected.idle_s:.3g} ms more"
     )

@@ -18,7 +18,8 @@ def parts(simulated: float, *real: float) -> dict:
         f"tiny sarathi real 0.5 {name}": dict.fromkeys(runs, value) for name, value in zip("abc", real, strict=False)
     }
     capacities = {
-        f"tiny sarathi capacity real {name}": {"requests_per_s": value} for name, value in zip("abc", real, strict=False)
+        f"tiny sarathi capacity real {name}": {"requests_per_s": value}
+        for name, value in zip("abc", real, strict=False)
     }
     return {
         "tiny slo": 1.0,
