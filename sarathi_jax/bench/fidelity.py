@@ -4,9 +4,9 @@
 
 For each model its programs are timed, as `main.py profile` does. Then, for each policy:
 
-1. The engine serves requests to correct the table by (`sarathi_jax.bench.calibration`), then the requests that are
-   compared, at three shares of the throughput that it reached; and all of it in further rounds, the first part at
-   another load each time. All rounds correct the table; how far identical runs are apart is known as well.
+1. At three shares of the throughput that it reached the engine serves requests to correct the table by
+   (`sarathi_jax.bench.calibration`), then those that are compared. All of it happens in several rounds: so it is known
+   as well how far identical runs are apart.
 2. The simulator serves the requests that are compared by that table, which has seen none of them.
 3. The simulator's capacity is searched, then the engine's in as many rounds, which begins where the simulator's ended.
    The SLO is the P99 TBT that the simulator expects of the first policy at the largest of the three loads.
@@ -135,6 +135,11 @@ class Pair:
         self._salt += 1
         return replay(self._llm, workload.requests(), seed=self._salt, limit_s=limit_s, progress=False)
 
+    def other_steps(self, rate: float, seed: int) -> list[ServedStep]:
+        """Of the engine, by other requests, for half as long."""
+        number = number_at(rate) / 2
+        return served_steps(self._llm, self.workloads, rate, number / rate, least=1, seed=seed)
+
     def simulated_capacity(self, number: int, slo_s: float) -> Capacity:
         """By the table, with the first seed."""
         deployment = dataclasses.replace(self._deployment, table=self.table)
@@ -167,6 +172,13 @@ def measured_table(case: Case, path: Path) -> LatencyTable:
     return table
 
 
+def kept_steps(path: Path, make: Callable[[], list[ServedStep]]) -> list[ServedStep]:
+    """Steps as kept in a file or served now."""
+    if not path.exists():
+        path.write_text(json.dumps([dataclasses.asdict(step) for step in make()]))
+    return [ServedStep(**row | {"work": Work(**row["work"])}) for row in json.loads(path.read_text())]
+
+
 def compare(case: Case, kept: Kept, folder: Path) -> None:
     """Measures what is not there yet of a case."""
     table = measured_table(case, folder / f"{case.name}.json")
@@ -178,17 +190,11 @@ def compare(case: Case, kept: Kept, folder: Path) -> None:
         pair.serve(pair.workload(_MAX_NUM_SEQS.value, done, 99))  # what runs first takes longer
         rates = [float(load) * done for load in _LOADS.value]
         runs, rounds = [], string.ascii_lowercase[: _ROUNDS.value]
-        # A machine that others use, too, is not the same from minute to minute.
         for i, name in enumerate(rounds):
-            path = folder / f"{case.name}-{case.policy}-{name}.json"
-            if not path.exists():
-                # By the lowest load, the highest, and so down: steps with few and with many at once.
-                known_at, seconds = rates[-i % len(rates)], _SECONDS.value
-                steps = served_steps(llm, pair.workloads, known_at, seconds, least=_LEAST.value, seed=i)
-                path.write_text(json.dumps([dataclasses.asdict(step) for step in steps]))
-            rows = json.loads(path.read_text())
-            runs.append([ServedStep(**row | {"work": Work(**row["work"])}) for row in rows])
-            for rate in rates:
+            for j, rate in enumerate(rates):
+                # Just before what is compared: a machine that others use, too, is not the same from minute to minute.
+                path = folder / f"{case.name}-{case.policy}-{j}{name}.json"
+                runs.append(kept_steps(path, functools.partial(pair.other_steps, rate, seed=len(rates) * i + j)))
                 workload = pair.workload(number_at(rate), rate, 0)
                 kept.get(f"{say} real {rate:g} {name}", lambda w=workload: figures(pair.serve(w)))
         pair.table = in_service(table, runs)

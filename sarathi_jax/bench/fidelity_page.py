@@ -105,8 +105,8 @@ On {machine}: {num_close} of {len(found)} numbers are close, {within} of them wi
 Chat requests (the paper's quantiles) scaled to the model's context, at three shares of the throughput that each policy
 reached. *Error* is the simulated number against the mean of identical real runs, *spread* how far two of these are
 apart (the mean of all pairs); *close* means an error of at most 10 %, or of at most the spread where that is larger.
-The simulator goes by a table of the programs' times, corrected by what steps took while other requests were served, as
-many times (`simulate/in_service.py`); none of the steps that are compared is in it.
+The simulator goes by a table of the programs' times, corrected by what steps took while other requests were served
+before each of the real runs (`simulate/in_service.py`); none of the steps that are compared is in it.
 
 ![simulated and real](fidelity.svg)
 
