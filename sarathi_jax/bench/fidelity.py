@@ -8,8 +8,9 @@ For each model its programs are timed, as `main.py profile` does. Then, for each
    (`sarathi_jax.bench.calibration`), then those that are compared. All of it happens in several rounds: so it is known
    as well how far identical runs are apart.
 2. The simulator serves the requests that are compared by that table, which has seen none of them.
-3. The simulator's capacity is searched, then the engine's in as many rounds, which begins where the simulator's ended.
-   The SLO is the P99 TBT that the simulator expects of the first policy at the largest of the three loads.
+3. The simulator's capacity is searched, then the engine's in as many rounds, which begins where the simulator's ended;
+   before each of its runs others are served again, and the simulator's capacity is searched once more by these. The SLO
+   is the P99 TBT that the simulator expects of the first policy at the largest of the three loads.
 
 What was measured is kept in the folder, part by part: a run that was cut off goes on where it was, also by more rounds.
 Nothing else should run meanwhile. The shares are of what is done when all requests come at once. From 0.8 on two
@@ -146,16 +147,17 @@ class Pair:
         probe = simulated(deployment, functools.partial(self.workload, number))
         return find_capacity(probe, tbt_slo_s=slo_s, seeds=(0,), tolerance=_TOLERANCE.value)
 
-    def capacity(self, number: int, slo_s: float, guess: float) -> Capacity:
-        """By the engine, of the same requests."""
+    def capacity(self, number: int, slo_s: float, guess: float) -> tuple[Capacity, list[list[ServedStep]]]:
+        """By the engine, of the same requests; and the steps of others, served before each run."""
+        others = list[list[ServedStep]]()
 
         def probe(rate: float, seed: int) -> Run:
+            others.append(self.other_steps(rate, len(others)))
             # Beyond three times as long as the requests come it is far too slow.
             return self.serve(self.workload(number, rate, seed), limit_s=3 * number / rate)
 
-        return find_capacity(
-            probe, tbt_slo_s=slo_s, seeds=(0,), tolerance=_TOLERANCE.value, guess=guess, step=_NEAR, lowest=guess / 64
-        )
+        search = {"tolerance": _TOLERANCE.value, "guess": guess, "step": _NEAR, "lowest": guess / 64}
+        return find_capacity(probe, tbt_slo_s=slo_s, seeds=(0,), **search), others
 
 
 def measured_table(case: Case, path: Path) -> LatencyTable:
@@ -172,11 +174,13 @@ def measured_table(case: Case, path: Path) -> LatencyTable:
     return table
 
 
-def kept_steps(path: Path, make: Callable[[], list[ServedStep]]) -> list[ServedStep]:
-    """Steps as kept in a file or served now."""
+def kept_steps(path: Path, make: Callable[[], list[list[ServedStep]]]) -> list[list[ServedStep]]:
+    """The steps of some runs, as kept in a file or served now."""
     if not path.exists():
-        path.write_text(json.dumps([dataclasses.asdict(step) for step in make()]))
-    return [ServedStep(**row | {"work": Work(**row["work"])}) for row in json.loads(path.read_text())]
+        path.write_text(json.dumps([[dataclasses.asdict(step) for step in steps] for steps in make()]))
+    return [
+        [ServedStep(**row | {"work": Work(**row["work"])}) for row in rows] for rows in json.loads(path.read_text())
+    ]
 
 
 def compare(case: Case, kept: Kept, folder: Path) -> None:
@@ -194,7 +198,8 @@ def compare(case: Case, kept: Kept, folder: Path) -> None:
             for j, rate in enumerate(rates):
                 # Just before what is compared: a machine that others use, too, is not the same from minute to minute.
                 path = folder / f"{case.name}-{case.policy}-{j}{name}.json"
-                runs.append(kept_steps(path, functools.partial(pair.other_steps, rate, seed=len(rates) * i + j)))
+                seed = len(rates) * i + j
+                runs += kept_steps(path, lambda r=rate, seed=seed: [pair.other_steps(r, seed)])
                 workload = pair.workload(number_at(rate), rate, 0)
                 kept.get(f"{say} real {rate:g} {name}", lambda w=workload: figures(pair.serve(w)))
         pair.table = in_service(table, runs)
@@ -202,13 +207,18 @@ def compare(case: Case, kept: Kept, folder: Path) -> None:
             kept.put(f"{say} sim {rate:g}", figures(pair.simulate(pair.workload(number_at(rate), rate, 0))))
         slo_s = kept.get(f"{case.name} slo", lambda: kept.parts[f"{say} sim {rates[-1]:g}"]["p99_tbt_s"])
         number = number_at(rates[-1])
-        kept.put(f"{say} capacity sim", capacity_figures(pair.simulated_capacity(number, slo_s), number))
-        guess = kept.parts[f"{say} capacity sim"]["requests_per_s"]
+        runs, guess = [], pair.simulated_capacity(number, slo_s).rate
         for name in rounds if guess else "":
-            kept.get(
-                f"{say} capacity real {name}",
-                lambda: capacity_figures(pair.capacity(number, slo_s, guess), number),
-            )
+
+            def search(key: str = f"{say} capacity real {name}") -> list[list[ServedStep]]:
+                found, others = pair.capacity(number, slo_s, guess)
+                kept.put(key, capacity_figures(found, number))
+                return others
+
+            runs += kept_steps(folder / f"{case.name}-{case.policy}-capacity-{name}.json", search)
+        if runs:
+            pair.table = in_service(table, runs)
+        kept.put(f"{say} capacity sim", capacity_figures(pair.simulated_capacity(number, slo_s), number))
         assert llm.num_late_compiles == 0, "a program was compiled while it was measured"
 
 
