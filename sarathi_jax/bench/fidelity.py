@@ -20,6 +20,7 @@ identical runs of the engine differ by half in their P50 TTFT.
 import dataclasses
 import functools
 import json
+import statistics
 import string
 import sys
 from collections.abc import Callable, Sequence
@@ -58,6 +59,7 @@ _TOLERANCE = flags.DEFINE_float("tolerance", 0.05, "of capacities", lower_bound=
 
 _BUDGET = 512  # tokens of a step of policies that cut prompts
 _WHOLE = ("vllm", "orca")  # policies that compute prompts whole
+_DRAWS = 5  # of how the steps of a simulation scatter
 _NEAR = 1.15  # how far the engine's capacity may be from the simulator's, about
 _SHIPPED = "shipped"
 
@@ -75,6 +77,9 @@ class Case:
     name: str
     context: int
     policy: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.policy}"
 
     @property
     def model(self) -> Path | None:
@@ -117,19 +122,25 @@ class Pair:
     def __init__(self, case: Case, llm: LLM, table: LatencyTable):
         self._llm = llm
         engine = dataclasses.replace(llm.engine_config, num_blocks=llm.cache_config.num_blocks)
-        self.table = table
+        self._measured = self._table = table
         self._deployment = Deployment(llm.model_config, DEVICES["cpu"], engine)
         self.workloads: Workloads = WorkloadSpec(trace="chat", num_requests=1).open(case.context)
         self._salt = 0
         assert cache_of(self._deployment) == llm.cache_config, "the simulation has another cache"
 
+    def correct(self, runs: Sequence[Sequence[ServedStep]]) -> None:
+        """Lets the simulator go by the measured table as these steps bear it out."""
+        self._table = in_service(self._measured, runs)
+
     def workload(self, number: int, rate: float, seed: int) -> Workload:
         """Chat requests, scaled to the context."""
         return dataclasses.replace(self.workloads, number=number).at(rate, seed)
 
-    def simulate(self, workload: Workload) -> Run:
-        """By the table."""
-        return simulate(workload.requests(), dataclasses.replace(self._deployment, table=self.table))
+    def simulate(self, workload: Workload) -> dict[str, float]:
+        """By the table: what is compared, the mean of some draws of how steps scatter."""
+        deployment = dataclasses.replace(self._deployment, table=self._table)
+        draws = [figures(simulate(workload.requests(), deployment, seed=draw)) for draw in range(_DRAWS)]
+        return {name: statistics.fmean(draw[name] for draw in draws) for name in draws[0]}
 
     def serve(self, workload: Workload, limit_s: float | None = None) -> Run:
         """By the engine, with other prompts each time."""
@@ -142,10 +153,10 @@ class Pair:
         return served_steps(self._llm, self.workloads, rate, number / rate, least=1, seed=seed)
 
     def simulated_capacity(self, number: int, slo_s: float) -> Capacity:
-        """By the table, with the first seed."""
-        deployment = dataclasses.replace(self._deployment, table=self.table)
-        probe = simulated(deployment, functools.partial(self.workload, number))
-        return find_capacity(probe, tbt_slo_s=slo_s, seeds=(0,), tolerance=_TOLERANCE.value)
+        """By the table, of the same requests in all draws."""
+        deployment = dataclasses.replace(self._deployment, table=self._table)
+        probe = simulated(deployment, lambda rate, draw: self.workload(number, rate, 0))
+        return find_capacity(probe, tbt_slo_s=slo_s, seeds=range(_DRAWS), tolerance=_TOLERANCE.value)
 
     def capacity(self, number: int, slo_s: float, guess: float) -> tuple[Capacity, list[list[ServedStep]]]:
         """By the engine, of the same requests; and the steps of others, served before each run."""
@@ -156,8 +167,16 @@ class Pair:
             # Beyond three times as long as the requests come it is far too slow.
             return self.serve(self.workload(number, rate, seed), limit_s=3 * number / rate)
 
-        search = {"tolerance": _TOLERANCE.value, "guess": guess, "step": _NEAR, "lowest": guess / 64}
-        return find_capacity(probe, tbt_slo_s=slo_s, seeds=(0,), **search), others
+        found = find_capacity(
+            probe,
+            tbt_slo_s=slo_s,
+            guess=guess,
+            step=_NEAR,
+            tolerance=_TOLERANCE.value,
+            seeds=(0,),
+            lowest=guess / 64,
+        )
+        return found, others
 
 
 def measured_table(case: Case, path: Path) -> LatencyTable:
@@ -188,38 +207,51 @@ def compare(case: Case, kept: Kept, folder: Path) -> None:
     table = measured_table(case, folder / f"{case.name}.json")
     with LLM(case.model, progress=False, **case.engine) as llm:
         pair = Pair(case, llm, table)
-        say = f"{case.name} {case.policy}"
         # Of requests that all come at once.
-        done = kept.get(f"{say} throughput", lambda: throughput(llm, pair.workloads))
+        done = kept.get(f"{case} throughput", lambda: throughput(llm, pair.workloads))
         pair.serve(pair.workload(_MAX_NUM_SEQS.value, done, 99))  # what runs first takes longer
         rates = [float(load) * done for load in _LOADS.value]
-        runs, rounds = [], string.ascii_lowercase[: _ROUNDS.value]
-        for i, name in enumerate(rounds):
-            for j, rate in enumerate(rates):
-                # Just before what is compared: a machine that others use, too, is not the same from minute to minute.
-                path = folder / f"{case.name}-{case.policy}-{j}{name}.json"
-                seed = len(rates) * i + j
-                runs += kept_steps(path, lambda r=rate, seed=seed: [pair.other_steps(r, seed)])
-                workload = pair.workload(number_at(rate), rate, 0)
-                kept.get(f"{say} real {rate:g} {name}", lambda w=workload: figures(pair.serve(w)))
-        pair.table = in_service(table, runs)
-        for rate in rates:
-            kept.put(f"{say} sim {rate:g}", figures(pair.simulate(pair.workload(number_at(rate), rate, 0))))
-        slo_s = kept.get(f"{case.name} slo", lambda: kept.parts[f"{say} sim {rates[-1]:g}"]["p99_tbt_s"])
-        number = number_at(rates[-1])
-        runs, guess = [], pair.simulated_capacity(number, slo_s).rate
-        for name in rounds if guess else "":
-
-            def search(key: str = f"{say} capacity real {name}") -> list[list[ServedStep]]:
-                found, others = pair.capacity(number, slo_s, guess)
-                kept.put(key, capacity_figures(found, number))
-                return others
-
-            runs += kept_steps(folder / f"{case.name}-{case.policy}-capacity-{name}.json", search)
-        if runs:
-            pair.table = in_service(table, runs)
-        kept.put(f"{say} capacity sim", capacity_figures(pair.simulated_capacity(number, slo_s), number))
+        compare_latencies(case, pair, rates, kept, folder)
+        slo_s = kept.get(f"{case.name} slo", lambda: kept.parts[f"{case} sim {rates[-1]:g}"]["p99_tbt_s"])
+        compare_capacities(case, pair, number_at(rates[-1]), slo_s, kept, folder)
         assert llm.num_late_compiles == 0, "a program was compiled while it was measured"
+
+
+def compare_latencies(case: Case, pair: Pair, rates: Sequence[float], kept: Kept, folder: Path) -> None:
+    """Of the engine in every round, then of the simulator by the table that all rounds correct."""
+    runs = []
+    for i, name in enumerate(rounds()):
+        for j, rate in enumerate(rates):
+            # Just before what is compared: a machine that others use, too, is not the same from minute to minute.
+            make = functools.partial(pair.other_steps, rate, seed=len(rates) * i + j)
+            runs += kept_steps(folder / f"{case.name}-{case.policy}-{j}{name}.json", lambda make=make: [make()])
+            workload = pair.workload(number_at(rate), rate, 0)
+            kept.get(f"{case} real {rate:g} {name}", lambda w=workload: figures(pair.serve(w)))
+    pair.correct(runs)
+    for rate in rates:
+        kept.put(f"{case} sim {rate:g}", pair.simulate(pair.workload(number_at(rate), rate, 0)))
+
+
+def compare_capacities(case: Case, pair: Pair, number: int, slo_s: float, kept: Kept, folder: Path) -> None:
+    """Of the engine in every round, beginning where the simulator ends; then of the simulator once more."""
+    guess = pair.simulated_capacity(number, slo_s).rate
+    runs = []
+    for name in rounds() if guess else ():
+
+        def search(key: str = f"{case} capacity real {name}") -> list[list[ServedStep]]:
+            found, others = pair.capacity(number, slo_s, guess)
+            kept.put(key, capacity_figures(found, number))
+            return others
+
+        runs += kept_steps(folder / f"{case.name}-{case.policy}-capacity-{name}.json", search)
+    if runs:
+        pair.correct(runs)
+    kept.put(f"{case} capacity sim", capacity_figures(pair.simulated_capacity(number, slo_s), number))
+
+
+def rounds() -> Sequence[str]:
+    """The names of the identical runs."""
+    return string.ascii_lowercase[: _ROUNDS.value]
 
 
 def number_at(rate: float) -> int:
@@ -265,7 +297,7 @@ def main(arguments: Sequence[str]) -> None:
         for policy in _POLICIES.value
     ]
     for case in (bar := tqdm(cases, unit="case", file=sys.stderr)):
-        bar.set_description(f"{case.name} {case.policy}")
+        bar.set_description(str(case))
         compare(case, kept, folder)
     machine = LatencyTable.load(folder / f"{cases[0].name}.json").about["device"]
     pages = [(case.name, case.policy) for case in cases]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,14 +39,19 @@ class Comparison:
 
     @property
     def error(self) -> float:
-        """How far the simulator is from the mean of the real runs, as a share of it."""
+        """How far the simulator is from the mean of the real runs, as a share of it.
+
+        Infinite where the simulator alone found a capacity.
+        """
+        if not self.mean:
+            return math.inf if self.simulated else 0.0
         return self.simulated / self.mean - 1
 
     @property
     def spread(self) -> float:
         """How far two real runs are from each other, the mean of all pairs, as a share of their mean."""
         apart = [abs(one - other) for one, other in itertools.combinations(self.real, 2)]
-        return sum(apart) / len(apart) / self.mean
+        return sum(apart) / len(apart) / self.mean if self.mean else 0.0
 
     @property
     def is_close(self) -> bool:
@@ -119,7 +125,8 @@ The numbers are in [fidelity.json](fidelity.json). Made by
 
 def draw(parts: Mapping[str, Any], cases: Sequence[tuple[str, str]], path: Path) -> None:
     """Simulated over real, a panel a metric: what is alike lies on the diagonal, in a band of a tenth either way."""
-    found = comparisons(parts, cases)
+    # A search that found no capacity has no place on a scale of ratios.
+    found = [one for one in comparisons(parts, cases) if one.simulated and all(one.real)]
     kinds = [what for what in (*_METRICS.values(), "capacity") if any(one.what == what for one in found)]
     with picture(path, (1 + 4.4 * len(kinds), 4.4), ncols=len(kinds), squeeze=False) as grid:
         for axes, what in zip(grid[0], kinds, strict=True):

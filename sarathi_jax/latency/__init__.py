@@ -14,7 +14,7 @@ from sarathi_jax.latency.devices import (
 )
 from sarathi_jax.latency.forecast import Backlog, time_to_first_token_s
 from sarathi_jax.latency.roofline import Roofline
-from sarathi_jax.latency.table import LatencyTable, TableError, Timing
+from sarathi_jax.latency.table import LatencyTable, Spread, TableError, Timing
 from sarathi_jax.latency.times import StepTimes
 from sarathi_jax.latency.work import Work, chunk_keys
 
@@ -29,6 +29,7 @@ __all__ = [
     "LatencyTable",
     "Link",
     "Roofline",
+    "Spread",
     "StepTimes",
     "TableError",
     "Timing",

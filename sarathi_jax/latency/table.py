@@ -18,7 +18,7 @@ from typing import Any
 
 from sarathi_jax.latency.work import Work
 
-FORMAT = 2  # 1 had no steps of one decode, and no idle_s
+FORMAT = 3  # 1 had no steps of one decode, and no idle_s; 2 no spreads
 
 
 class TableError(ValueError):
@@ -44,6 +44,21 @@ class Timing:
     seconds: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """How the steps of a program scatter about their expected time.
+
+    Attributes:
+      bucket: tokens of the program.
+      has_prompts: they compute chunks of prompts; False: decodes alone.
+      ratios: of actual to expected seconds, each as likely as the others.
+    """
+
+    bucket: int
+    has_prompts: bool
+    ratios: tuple[float, ...]
+
+
 class LatencyTable:
     """`Work` -> seconds, by interpolation between measurements and along the last two beyond them.
 
@@ -55,15 +70,24 @@ class LatencyTable:
         many.
       about: what was measured, as text by key: device, model, versions.
       idle_s: how much longer a step takes that finds the device idle, and so waits for its own planning and launch.
+      spreads: of steps in service; programs that are not named always take the expected time.
 
     Raises:
       TableError: a bucket lacks one of them, or times that are not positive.
     """
 
-    def __init__(self, timings: Iterable[Timing], about: Mapping[str, Any] | None = None, idle_s: float = 0.0):
+    def __init__(
+        self,
+        timings: Iterable[Timing],
+        about: Mapping[str, Any] | None = None,
+        idle_s: float = 0.0,
+        spreads: Iterable[Spread] = (),
+    ):
         self.timings = tuple(timings)
         self.about = dict(about or {})
         self.idle_s = idle_s
+        self.spreads = tuple(spreads)
+        self._ratios = {(spread.bucket, spread.has_prompts): spread.ratios for spread in self.spreads}
         if not self.timings or not all(timing.seconds > 0 for timing in self.timings):
             raise TableError("a latency table needs timings above 0: measure again")
         self.buckets = tuple(sorted({timing.bucket for timing in self.timings}))
@@ -89,12 +113,22 @@ class LatencyTable:
             return prefills_s
         return of_bucket.decodes_s(work.num_decodes, work.num_decode_keys) + prefills_s - of_bucket.empty_s
 
+    def ratios(self, work: Work) -> tuple[float, ...]:
+        """Of a step's actual to its expected seconds, each as likely as the others."""
+        return self._ratios.get((work.num_tokens, work.num_prefill_keys > 0), (1.0,))
+
     def save(self, path: Path) -> None:
         """Writes the table as JSON, all at once or not at all."""
-        rows = [dataclasses.asdict(timing) for timing in self.timings]
+        timings, spreads = ([dataclasses.asdict(row) for row in rows] for rows in (self.timings, self.spreads))
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
-        document = {"format": FORMAT, "about": self.about, "idle_s": self.idle_s, "timings": rows}
+        document = {
+            "format": FORMAT,
+            "about": self.about,
+            "idle_s": self.idle_s,
+            "timings": timings,
+            "spreads": spreads,
+        }
         partial.write_text(json.dumps(document, indent=1))
         os.replace(partial, path)
 
@@ -110,7 +144,9 @@ class LatencyTable:
             document = json.loads(path.read_text())
             if document["format"] != FORMAT:
                 raise TableError(f"{path} has format {document['format']}, this version reads {FORMAT}: measure again")
-            return cls((Timing(**row) for row in document["timings"]), document["about"], document["idle_s"])
+            timings = [Timing(**row) for row in document["timings"]]
+            spreads = [Spread(**row | {"ratios": tuple(row["ratios"])}) for row in document["spreads"]]
+            return cls(timings, document["about"], document["idle_s"], spreads)
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, TableError):
                 raise

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import random
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -28,15 +29,20 @@ class SimulatedClock:
         self._now_s = max(self._now_s, at_s)
 
 
-def stage_times(deployment: Deployment) -> StageTimes:
+def stage_times(deployment: Deployment, seed: int = 0) -> StageTimes:
     """How long the steps of a deployment take: by its measured table, or else by its roofline.
+
+    Args:
+      deployment: that computes them.
+      seed: of how the times of a measured table scatter (`LatencyTable.ratios`).
 
     Raises:
       ValueError: layers or links that do not fit the devices.
     """
     table, pads = deployment.table, deployment.pads
     if table is not None:
-        return lambda plan: ((table.step_s(plan.work),), 0.0)
+        draws = random.Random(seed)
+        return lambda plan: ((table.step_s(plan.work) * draws.choice(table.ratios(plan.work)),), 0.0)
     roofline = deployment.roofline()
 
     def times(plan: StepPlan) -> tuple[Sequence[float], float]:

@@ -7,10 +7,14 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Self
 
-from sarathi_jax.latency import LatencyTable, Work
+import numpy as np
+
+from sarathi_jax.latency import LatencyTable, Spread, Work
 from sarathi_jax.telemetry.steps import StepRecord
 
-_LEAST_STEPS = 5  # that are taken to say something
+_LEAST_STEPS, _LEAST_SPREAD = 5, 20  # that are taken to say something of the mean time, and of how times scatter
+_QUANTILES = 100  # that are kept of a scatter
+_AWAY = 10  # times as long as usual: then it was not the step, but the machine that was away
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +46,7 @@ def in_service(table: LatencyTable, runs: Iterable[Sequence[ServedStep]]) -> Lat
     take their share of the processor meanwhile; a quick step is over before the next one is planned, and one that finds
     the device idle waits for all of it. The times of each bucket, with prompts and without, are multiplied by the times
     from one step's tokens to the next one's, to what the table says; `idle_s` is what steps after idleness took longer.
+    How the steps of a bucket scatter about that is kept as well: the P99 of times between tokens is made of slow steps.
 
     Args:
       table: as measured.
@@ -65,8 +70,23 @@ def in_service(table: LatencyTable, runs: Iterable[Sequence[ServedStep]]) -> Lat
         for timing in table.timings
     ]
     corrected = LatencyTable(timings, table.about)
-    waits_s = [step.ended_s - step.scheduled_s - corrected.step_s(step.work) for step in idle]
-    return LatencyTable(timings, table.about, max(0.0, statistics.fmean(waits_s)) if waits_s else 0.0)
+    after_idleness = _usual([(step.ended_s - step.scheduled_s, corrected.step_s(step.work)) for step in idle])
+    waits_s = [took_s - expected_s for took_s, expected_s in after_idleness]
+    idle_s = max(0.0, statistics.fmean(waits_s)) if waits_s else 0.0
+    spreads = [
+        Spread(bucket, has_prompts, measured.spread(bucket, has_prompts))
+        for bucket in table.buckets
+        for has_prompts in (False, True)
+    ]
+    return LatencyTable(timings, table.about, idle_s, spreads)
+
+
+def _usual(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Seconds taken and expected, but for steps during which the machine was away."""
+    if not pairs:
+        return []
+    longest = _AWAY * statistics.median(took_s / expected_s for took_s, expected_s in pairs)
+    return [(took_s, expected_s) for took_s, expected_s in pairs if took_s <= longest * expected_s]
 
 
 class _Ratios:
@@ -81,13 +101,24 @@ class _Ratios:
         self._of_kind = collections.defaultdict[bool, list[tuple[float, float]]](list)
         self._of_bucket = collections.defaultdict[tuple[int, bool], list[tuple[float, float]]](list)
         for work, took_s in steps:
-            pair, has_prompts = (took_s, table.step_s(work)), work.num_prefill_keys > 0
-            self.of_all.append(pair)
-            self._of_kind[has_prompts].append(pair)
-            self._of_bucket[work.num_tokens, has_prompts].append(pair)
+            self._of_bucket[work.num_tokens, work.num_prefill_keys > 0].append((took_s, table.step_s(work)))
+        for (bucket, has_prompts), pairs in self._of_bucket.items():
+            self._of_bucket[bucket, has_prompts] = usual = _usual(pairs)
+            self._of_kind[has_prompts] += usual
+            self.of_all += usual
 
     def ratio(self, bucket: int, has_prompts: bool) -> float:
-        """Of the most like steps of which there are enough."""
-        candidates = self._of_bucket[bucket, has_prompts], self._of_kind[has_prompts]
-        pairs = next((pairs for pairs in candidates if len(pairs) >= _LEAST_STEPS), self.of_all)
+        """Of the times of all steps."""
+        pairs = self._like(bucket, has_prompts, _LEAST_STEPS)
         return sum(took_s for took_s, _ in pairs) / sum(expected_s for _, expected_s in pairs)
+
+    def spread(self, bucket: int, has_prompts: bool) -> tuple[float, ...]:
+        """Of each step, to their mean; so many quantiles, as likely each."""
+        ratios = [took_s / expected_s for took_s, expected_s in self._like(bucket, has_prompts, _LEAST_SPREAD)]
+        quantiles = np.quantile(ratios, (np.arange(_QUANTILES) + 0.5) / _QUANTILES)
+        return tuple(map(float, np.round(quantiles / quantiles.mean(), 4)))
+
+    def _like(self, bucket: int, has_prompts: bool, least: int) -> list[tuple[float, float]]:
+        """The most like steps of which there are enough."""
+        candidates = self._of_bucket.get((bucket, has_prompts), []), self._of_kind[has_prompts]
+        return next((pairs for pairs in candidates if len(pairs) >= least), self.of_all)

@@ -43,7 +43,7 @@ class SimulatedReplica:
         if config.tbt_slo_ms is not None:
             times = StepTimes(deployment.table or tabulate(deployment.roofline(), config, cache))
         self.scheduler = make_scheduler(model, config, cache, times)
-        self.executor = SimulatedExecutor(stage_times(deployment), self._clock, config.pp, times, idle_s)
+        self.executor = SimulatedExecutor(stage_times(deployment, seed), self._clock, config.pp, times, idle_s)
         sequences: dict[int, Sequence] = {}
         self.engine = Engine(model, config, cache, self.scheduler, self.executor, sequences, clock=self._clock)
         self.outputs: list[RequestOutput] = []

@@ -32,7 +32,7 @@ def simulate(
       deployment: `engine.dp` replicas of it.
       routing: which replica gets a request: each in turn; the one with the fewest prompt tokens of unfinished requests;
         or the one that had the request's group before, as long as it has not more than twice the mean of them.
-      seed: of the engines.
+      seed: of the engines, and of how their steps scatter.
       limit_s: when the run is cut off; what has not ended by then counts as longer. None: it ends by itself.
       keep_steps: records every step, which takes longer.
       stop: asked about every simulated second; True cuts the run off.

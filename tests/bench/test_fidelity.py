@@ -1,6 +1,7 @@
 """The comparison of the simulator with the engine: its page by hand, and the command in small."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -39,6 +40,8 @@ def parts(simulated: float, *real: float) -> dict:
         (1.12, (1.0, 1.0), 0.12, 0.0, False),
         (1.12, (0.9, 1.1), 0.12, 0.2, True),  # nearer than identical runs are to each other
         (0.7, (0.9, 1.1), -0.3, 0.2, False),
+        (0.0, (0.0, 0.0), 0.0, 0.0, True),  # neither keeps the promise at any rate
+        (1.0, (0.0, 0.0), math.inf, 0.0, False),
         (1.14, (0.85, 1.0, 1.15), 0.14, 0.2, True),  # pairs are 0.15, 0.15 and 0.3 apart
     ],
 )
@@ -58,15 +61,29 @@ def test_page_and_picture(tmp_path):
     assert "tiny, sarathi" in (tmp_path / "fidelity.svg").read_text()
 
 
+def test_a_search_without_a_capacity_has_no_place_in_the_picture(tmp_path):
+    without = parts(1.2, 1.0, 1.0) | {"tiny sarathi capacity real b": {"requests_per_s": 0.0}}
+    draw(without, CASES, tmp_path / "fidelity.svg")
+    drawn = (tmp_path / "fidelity.svg").read_text()
+    assert "P99 TBT" in drawn
+    assert "capacity" not in drawn
+
+
+def said_by(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_a_small_comparison_goes_on_where_it_was(tmp_path):
     flags = ["--models=shipped:64", "--policies=sarathi", "--loads=0.5", "--max_num_seqs=4"]
     flags += ["--seconds=0.2", "--least_requests=4", "--rounds=2", "--tolerance=0.5", f"--out={tmp_path}"]
     command = [sys.executable, "-m", "sarathi_jax.bench.fidelity", *flags, f"--page={tmp_path / 'page.md'}"]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
-    first = json.loads((tmp_path / "page.json").read_text())
-    assert {name.removeprefix("shipped sarathi ").split()[0] for name in first} >= {"throughput", "sim", "real"}
+    assert said_by(command).startswith("wrote ")
+    first = (tmp_path / "page.json").read_text()
+    kinds = {name.removeprefix("shipped sarathi ").split()[0] for name in json.loads(first)}
+    assert kinds >= {"throughput", "sim", "real"}
     assert "simulated and real" in (tmp_path / "page.md").read_text()
-    again = subprocess.run(command, check=True, capture_output=True, timeout=300)
-    assert json.loads((tmp_path / "page.json").read_text()) == first
-    assert again.stdout.decode().startswith("wrote ")
+    assert said_by(command).startswith("wrote ")
+    assert (tmp_path / "page.json").read_text() == first

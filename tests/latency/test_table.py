@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sarathi_jax.latency import LatencyTable, TableError, Timing, Work, chunk_keys
+from sarathi_jax.latency import LatencyTable, Spread, TableError, Timing, Work, chunk_keys
 
 
 def timings(bucket: int = 8) -> list[Timing]:
@@ -69,11 +69,14 @@ def test_noise_never_makes_a_fuller_cache_quicker():
 
 
 def test_kept_in_a_file(tmp_path):
-    table = LatencyTable(timings(), {"device": "x"}, 0.001)
+    spread = Spread(8, True, (0.9, 1.1))
+    table = LatencyTable(timings(), {"device": "x"}, 0.001, [spread])
     table.save(tmp_path / "deep" / "table.json")
     again = LatencyTable.load(tmp_path / "deep" / "table.json")
     assert (again.timings, again.about, again.buckets) == (table.timings, {"device": "x"}, (8,))
-    assert again.idle_s == 0.001
+    assert (again.idle_s, again.spreads) == (0.001, (spread,))
+    assert again.ratios(Work(8, num_prefill_keys=9)) == (0.9, 1.1)
+    assert again.ratios(Work(8, 1, 9)) == (1.0,)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["table.json"]
 
 
@@ -82,9 +85,9 @@ def test_kept_in_a_file(tmp_path):
     [
         ("{", "is no latency table"),
         ("[]", "is no latency table"),
-        (json.dumps({"format": 99, "timings": []}), "format 99, this version reads 2"),
-        (json.dumps({"format": 2, "about": {}, "timings": [{"bucket": 1}]}), "is no latency table"),
-        (json.dumps({"format": 2, "about": {}, "idle_s": 0, "timings": []}), "needs timings"),
+        (json.dumps({"format": 99, "timings": []}), "format 99, this version reads 3"),
+        (json.dumps({"format": 3, "about": {}, "timings": [{"bucket": 1}]}), "is no latency table"),
+        (json.dumps({"format": 3, "about": {}, "idle_s": 0, "timings": [], "spreads": []}), "needs timings"),
     ],
 )
 def test_a_damaged_file_says_so(tmp_path, text, message):

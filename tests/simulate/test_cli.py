@@ -149,7 +149,7 @@ def test_a_malformed_table_and_one_of_other_buckets(tmp_path, capsys):
     assert "is no latency table" in capsys.readouterr().err
     timing = {"bucket": 8, "num_decode_keys": 9, "num_prefill_keys": 0, "seconds": 0.01}
     timings = [timing | {"num_decodes": 8}, timing | {"num_decodes": 0}]
-    path.write_text(json.dumps({"format": FORMAT, "about": {}, "idle_s": 0, "timings": timings}))
+    path.write_text(json.dumps({"format": FORMAT, "about": {}, "idle_s": 0, "timings": timings, "spreads": []}))
     assert run(*arguments) == 1
     assert "has no times of bucket 1, 16" in capsys.readouterr().err
 

@@ -73,5 +73,22 @@ def test_without_overlap_every_step_waits():
     assert corrected.idle_s == pytest.approx(0.001)
 
 
+def test_how_steps_scatter_is_kept():
+    runs = [served([DECODE] * 26, {8: factor}) for factor in (1.0, 2.0)]
+    corrected = in_service(TABLE, runs)
+    ratios = corrected.ratios(DECODE)
+    assert sum(ratios) / len(ratios) == pytest.approx(1, abs=1e-4)
+    assert {round(ratio * corrected.step_s(DECODE), 6) for ratio in ratios} >= {0.008, 0.016}
+    assert corrected.ratios(PROMPT) == ratios, "without steps of its own, by all others"
+
+
+def test_a_machine_that_was_away_is_no_step():
+    steps = served([DECODE] * 30, {8: 1.0})
+    away = [dataclasses.replace(steps[-1], scheduled_s=steps[-1].ended_s - 1e-4, ended_s=steps[-1].ended_s + 5)]
+    corrected = in_service(TABLE, [steps + away])
+    assert corrected.step_s(DECODE) == pytest.approx(0.008)
+    assert max(corrected.ratios(DECODE)) == pytest.approx(1)
+
+
 def test_no_steps_change_nothing():
     assert in_service(TABLE, [[]]) is TABLE

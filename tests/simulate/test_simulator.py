@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sarathi_jax.config import ConfigError, EngineConfig
-from sarathi_jax.latency import DEVICES, LatencyTable, Link, Timing, Work, chunk_keys
+from sarathi_jax.latency import DEVICES, LatencyTable, Link, Spread, Timing, Work, chunk_keys
 from sarathi_jax.request import RequestError
 from sarathi_jax.resources import config_path
 from sarathi_jax.scheduling.plan import Chunk, StepPlan
@@ -43,6 +43,17 @@ def test_a_request_alone_takes_what_its_steps_take():
     assert sample.tbts_s == pytest.approx(decodes)
     assert run.end_s == sample.finished_s == pytest.approx(3 + sum(prefill) + sum(decodes))
     assert [step.plan.bucket for step in run.steps[0]] == [512, 256, 1, 1, 1]
+
+
+def test_steps_scatter_as_the_table_says():
+    timings = [Timing(8, n, n, 1 - n, 0.01) for n in (0, 1)]
+    table = LatencyTable(timings, spreads=[Spread(8, False, (0.5, 1.5))])
+    scattered = dataclasses.replace(deployment(token_buckets=(8,)), table=table)
+    runs = [simulate([TimedRequest(0.0, 8, 100)], scattered, seed=seed) for seed in (0, 0, 1)]
+    assert runs[0].samples == runs[1].samples
+    assert runs[0].samples != runs[2].samples
+    assert {round(tbt_s, 6) for tbt_s in runs[0].samples[0].tbts_s} == {0.005, 0.015}
+    assert runs[0].samples[0].ttft_s == pytest.approx(0.01), "steps with prompts do not"
 
 
 def test_eager_stacks_do_not_pad():
