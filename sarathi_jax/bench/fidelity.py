@@ -10,7 +10,7 @@ For each model its programs are timed, as `main.py profile` does. Then, for each
 2. The simulator serves the requests that are compared by that table, which has seen none of them.
 3. The simulator's capacity is searched, then the engine's in as many rounds, which begins where the simulator's ended;
    before each of its runs others are served again, and the simulator's capacity is searched once more by these. The SLO
-   is the P99 TBT that the simulator expects of the first policy at the largest of the three loads.
+   is 1.5 times the P99 TBT that the simulator expects of the first policy at the largest of the three loads.
 
 What was measured is kept in the folder, part by part: a run that was cut off goes on where it was, also by more rounds.
 Nothing else should run meanwhile. The shares are of what is done when all requests come at once. From 0.8 on two
@@ -61,6 +61,9 @@ _BUDGET = 512  # tokens of a step of policies that cut prompts
 _WHOLE = ("vllm", "orca")  # policies that compute prompts whole
 _DRAWS = 5  # of how the steps of a simulation scatter
 _NEAR = 1.15  # how far the engine's capacity may be from the simulator's, about
+# The P99 TBT of a policy that cuts prompts is the time of a full step, at any rate: a promise of just that is kept by
+# chance. Two identical searches found 0.82 and 1.48 requests/s by it.
+_SLO = 1.5
 _SHIPPED = "shipped"
 
 
@@ -212,7 +215,7 @@ def compare(case: Case, kept: Kept, folder: Path) -> None:
         pair.serve(pair.workload(_MAX_NUM_SEQS.value, done, 99))  # what runs first takes longer
         rates = [float(load) * done for load in _LOADS.value]
         compare_latencies(case, pair, rates, kept, folder)
-        slo_s = kept.get(f"{case.name} slo", lambda: kept.parts[f"{case} sim {rates[-1]:g}"]["p99_tbt_s"])
+        slo_s = kept.get(f"{case.name} slo", lambda: _SLO * kept.parts[f"{case} sim {rates[-1]:g}"]["p99_tbt_s"])
         compare_capacities(case, pair, number_at(rates[-1]), slo_s, kept, folder)
         assert llm.num_late_compiles == 0, "a program was compiled while it was measured"
 
