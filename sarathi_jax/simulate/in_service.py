@@ -13,6 +13,7 @@ from sarathi_jax.latency import LatencyTable, Spread, Work
 from sarathi_jax.telemetry.steps import StepRecord
 
 _LEAST_STEPS, _LEAST_SPREAD = 5, 20  # that are taken to say something of the mean time, and of how times scatter
+_PASSES = 5  # of the correction: a step with a prompt rests on timings of decodes, too, whose ratio is another
 _QUANTILES = 100  # that are kept of a scatter
 _AWAY = 10  # times as long as usual: then it was not the step, but the machine that was away
 
@@ -62,14 +63,17 @@ def in_service(table: LatencyTable, runs: Iterable[Sequence[ServedStep]]) -> Lat
         else:
             idle.append(step)
     # Without overlap every step waits for its planning.
-    measured = _Ratios(table, busy or [(step.work, step.ended_s - step.started_s) for step in idle])
+    steps = busy or [(step.work, step.ended_s - step.started_s) for step in idle]
+    corrected, measured = table, _Ratios(table, steps)
     if not measured.of_all:
         return table
-    timings = [
-        dataclasses.replace(timing, seconds=timing.seconds * measured.ratio(timing.bucket, timing.num_decodes == 0))
-        for timing in table.timings
-    ]
-    corrected = LatencyTable(timings, table.about)
+    for _ in range(_PASSES):
+        timings = [
+            dataclasses.replace(timing, seconds=timing.seconds * measured.ratio(timing.bucket, timing.num_decodes == 0))
+            for timing in corrected.timings
+        ]
+        corrected = LatencyTable(timings, table.about)
+        measured = _Ratios(corrected, steps)
     after_idleness = _usual([(step.ended_s - step.scheduled_s, corrected.step_s(step.work)) for step in idle])
     waits_s = [took_s - expected_s for took_s, expected_s in after_idleness]
     idle_s = max(0.0, statistics.fmean(waits_s)) if waits_s else 0.0
@@ -78,7 +82,7 @@ def in_service(table: LatencyTable, runs: Iterable[Sequence[ServedStep]]) -> Lat
         for bucket in table.buckets
         for has_prompts in (False, True)
     ]
-    return LatencyTable(timings, table.about, idle_s, spreads)
+    return LatencyTable(corrected.timings, table.about, idle_s, spreads)
 
 
 def _usual(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
