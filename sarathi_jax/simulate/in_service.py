@@ -56,14 +56,16 @@ def in_service(table: LatencyTable, runs: Iterable[Sequence[ServedStep]]) -> Lat
     Returns:
       Another table; the same one where there are no steps.
     """
-    busy, idle = list[tuple[Work, float]](), list[ServedStep]()
-    for before, step in itertools.chain.from_iterable(map(itertools.pairwise, runs)):
-        if step.scheduled_s < before.ended_s:
-            busy.append((step.work, step.ended_s - before.ended_s))
-        else:
-            idle.append(step)
+    busy, idle = list[list[tuple[Work, float]]](), list[ServedStep]()
+    for run in runs:
+        busy.append([])
+        for before, step in itertools.pairwise(run):
+            if step.scheduled_s < before.ended_s:
+                busy[-1].append((step.work, step.ended_s - before.ended_s))
+            else:
+                idle.append(step)
     # Without overlap every step waits for its planning.
-    steps = busy or [(step.work, step.ended_s - step.started_s) for step in idle]
+    steps = busy if any(busy) else [[(step.work, step.ended_s - step.started_s) for step in idle]]
     corrected, measured = table, _Ratios(table, steps)
     if not measured.of_all:
         return table
@@ -85,27 +87,31 @@ def in_service(table: LatencyTable, runs: Iterable[Sequence[ServedStep]]) -> Lat
     return LatencyTable(corrected.timings, table.about, idle_s, spreads)
 
 
-def _usual(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Seconds taken and expected, but for steps during which the machine was away."""
-    if not pairs:
+def _usual[*Times](rows: Sequence[tuple[float, float, *Times]]) -> list[tuple[float, float, *Times]]:
+    """Rows that begin with the seconds taken and expected, but for steps during which the machine was away."""
+    if not rows:
         return []
-    longest = _AWAY * statistics.median(took_s / expected_s for took_s, expected_s in pairs)
-    return [(took_s, expected_s) for took_s, expected_s in pairs if took_s <= longest * expected_s]
+    longest = _AWAY * statistics.median(row[0] / row[1] for row in rows)
+    return [row for row in rows if row[0] <= longest * row[1]]
 
 
 class _Ratios:
     """What steps took to what the table says: of a bucket, with prompts in it or none; of few steps that of their kind.
 
     Attributes:
-      of_all: seconds measured and tabulated of each step.
+      of_all: of each step the seconds measured, those tabulated, and these as slow as its whole run was.
     """
 
-    def __init__(self, table: LatencyTable, steps: Iterable[tuple[Work, float]]):
-        self.of_all = list[tuple[float, float]]()
-        self._of_kind = collections.defaultdict[bool, list[tuple[float, float]]](list)
-        self._of_bucket = collections.defaultdict[tuple[int, bool], list[tuple[float, float]]](list)
-        for work, took_s in steps:
-            self._of_bucket[work.num_tokens, work.num_prefill_keys > 0].append((took_s, table.step_s(work)))
+    def __init__(self, table: LatencyTable, runs: Iterable[Sequence[tuple[Work, float]]]):
+        self.of_all = list[tuple[float, float, float]]()
+        self._of_kind = collections.defaultdict[bool, list[tuple[float, float, float]]](list)
+        self._of_bucket = collections.defaultdict[tuple[int, bool], list[tuple[float, float, float]]](list)
+        for steps in runs:
+            pairs = [(took_s, table.step_s(work)) for work, took_s in steps]
+            slowness = _ratio(pairs) if pairs else 1.0
+            for (work, _), (took_s, expected_s) in zip(steps, pairs, strict=True):
+                of_bucket = self._of_bucket[work.num_tokens, work.num_prefill_keys > 0]
+                of_bucket.append((took_s, expected_s, slowness * expected_s))
         for (bucket, has_prompts), pairs in self._of_bucket.items():
             self._of_bucket[bucket, has_prompts] = usual = _usual(pairs)
             self._of_kind[has_prompts] += usual
@@ -113,16 +119,19 @@ class _Ratios:
 
     def ratio(self, bucket: int, has_prompts: bool) -> float:
         """Of the times of all steps."""
-        pairs = self._like(bucket, has_prompts, _LEAST_STEPS)
-        return sum(took_s for took_s, _ in pairs) / sum(expected_s for _, expected_s in pairs)
+        return _ratio([(took_s, expected_s) for took_s, expected_s, _ in self._like(bucket, has_prompts, _LEAST_STEPS)])
 
     def spread(self, bucket: int, has_prompts: bool) -> tuple[float, ...]:
-        """Of each step, to their mean; so many quantiles, as likely each."""
-        ratios = [took_s / expected_s for took_s, expected_s in self._like(bucket, has_prompts, _LEAST_SPREAD)]
+        """Of each step, to the mean of its run; so many quantiles, as likely each."""
+        ratios = [took_s / run_s for took_s, _, run_s in self._like(bucket, has_prompts, _LEAST_SPREAD)]
         quantiles = np.quantile(ratios, (np.arange(_QUANTILES) + 0.5) / _QUANTILES)
         return tuple(map(float, np.round(quantiles / quantiles.mean(), 4)))
 
-    def _like(self, bucket: int, has_prompts: bool, least: int) -> list[tuple[float, float]]:
+    def _like(self, bucket: int, has_prompts: bool, least: int) -> list[tuple[float, float, float]]:
         """The most like steps of which there are enough."""
         candidates = self._of_bucket.get((bucket, has_prompts), []), self._of_kind[has_prompts]
         return next((pairs for pairs in candidates if len(pairs) >= least), self.of_all)
+
+
+def _ratio(pairs: Sequence[tuple[float, float]]) -> float:
+    return sum(took_s for took_s, _ in pairs) / sum(expected_s for _, expected_s in pairs)
