@@ -31,8 +31,10 @@ from sarathi_jax.scheduling.plan import Chunk, StepPlan
 from sarathi_jax.sequence import Sequence as Sample
 
 FILLS = (0.0, 1 / 3, 2 / 3, 1.0)
+# How often a program is repeated: at least, and until so many seconds are over, since what disturbs a measurement is
+# short; a slow one less often.
 _NUM_REPEATS = 5
-_ENOUGH_S = 1.0  # a program that takes longer is repeated less often: what disturbs a measurement is short
+_LEAST_S, _ENOUGH_S = 0.05, 1.0
 # Of the engine's settings those that a step's time depends on.
 _SETTINGS = ("dtype", "quantization", "attention_backend", "tp", "pp", "pp_layers", "block_size", "max_num_seqs")
 
@@ -98,11 +100,14 @@ def measure(
         for num_decodes in (1, min(bucket, engine.max_running, cache.num_blocks), 0)
         for fill in FILLS
     ]
-    for bucket, num_decodes, fill in tqdm(cases, "time", unit="program", disable=not progress, leave=False):
+    # The first one runs twice, since what runs first takes longer.
+    for bucket, num_decodes, fill in tqdm(
+        (cases[0], *cases), "time", unit="program", disable=not progress, leave=False
+    ):
         sample = _decodes(bucket, num_decodes, fill, cache) if num_decodes else _prompt(bucket, fill, cache)
         num_keys = sum(chunk_keys(chunk.start, chunk.length) for chunk in sample.plan.chunks)
         work = (bucket, num_decodes, num_keys, 0) if num_decodes else (bucket, 0, 0, num_keys)
-        if work in timings:
+        if work in timings and len(timings) > 1:
             continue  # one decode fills the smallest bucket, and a prompt that is as long as the context begins at 0
         table = SamplingTable(engine.max_running, vocab_size)
         executor = DeviceExecutor(runner, table, sample.sequences, sample.tables.__getitem__, hosts)
@@ -157,8 +162,9 @@ def _time_step(executor: DeviceExecutor, plan: StepPlan, depth: int, clock: Cloc
 
 def _repeated(plan: StepPlan, depth: int, clock: Clock) -> Iterator[StepPlan]:
     begin_s = clock.now_s()
-    for i in range(depth + _NUM_REPEATS):
-        if i > depth and clock.now_s() - begin_s > _ENOUGH_S:
+    for i in itertools.count():
+        elapsed_s = clock.now_s() - begin_s
+        if elapsed_s > (_LEAST_S if i >= depth + _NUM_REPEATS else _ENOUGH_S) and i > depth:
             return
         yield plan
 

@@ -40,5 +40,5 @@ def served_steps(
     """
     own_seed = _FIRST_SEED + 1 + seed
     load = dataclasses.replace(workloads, number=max(least, round(seconds * rate))).at(rate, own_seed)
-    (steps,) = replay(llm, load.requests(), seed=own_seed, progress=False).steps
-    return [ServedStep.of(step) for step in steps]
+    (steps,) = ServedStep.of_run(replay(llm, load.requests(), seed=own_seed, progress=False))
+    return steps

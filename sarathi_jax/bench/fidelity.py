@@ -4,7 +4,7 @@
 
 For each model its programs are timed, as `main.py profile` does. Then, for each policy:
 
-1. At three shares of the throughput that it reached the engine serves requests to correct the table by
+1. At three shares of the throughput that the first policy reached the engine serves requests to correct the table by
    (`sarathi_jax.bench.calibration`), then those that are compared. All of it happens in several rounds: so it is known
    as well how far identical runs are apart.
 2. The simulator serves the requests that are compared by that table, which has seen none of them.
@@ -13,8 +13,8 @@ For each model its programs are timed, as `main.py profile` does. Then, for each
    is 1.5 times the P99 TBT that the simulator expects of the first policy at the largest of the three loads.
 
 What was measured is kept in the folder, part by part: a run that was cut off goes on where it was, also by more rounds.
-Nothing else should run meanwhile. The shares are of what is done when all requests come at once. From 0.8 on two
-identical runs of the engine differ by half in their P50 TTFT.
+Nothing else should run meanwhile; on two cores it takes an hour and a half. The shares are of what is done when all
+requests come at once; from 0.8 on two identical runs of the engine differ by half in their P50 TTFT.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from tqdm import tqdm
 
 from sarathi_jax.bench import fidelity_page
@@ -51,10 +51,10 @@ _PAGE = flags.DEFINE_string("page", None, "file for the page (.md); pictures and
 _MODELS = flags.DEFINE_list("models", ["shipped:2048", "llama-200m:1024"], "name of configs/models : context, each")
 _POLICIES = flags.DEFINE_list("policies", ["sarathi", "vllm", "orca"], "policies to compare")
 _LOADS = flags.DEFINE_list("loads", ["0.4", "0.55", "0.7"], "shares of the throughput")
-_SECONDS = flags.DEFINE_float("seconds", 30, "of arrivals in each run, about", lower_bound=0.1)
-_LEAST = flags.DEFINE_integer("least_requests", 40, "of each run", lower_bound=1)
+_SECONDS = flags.DEFINE_float("seconds", 20, "of arrivals in each run, about", lower_bound=0.1)
+_LEAST = flags.DEFINE_integer("least_requests", 30, "of each run", lower_bound=1)
 _MAX_NUM_SEQS = flags.DEFINE_integer("max_num_seqs", 16, "sequences at once", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "identical runs of the engine", lower_bound=2, upper_bound=26)
+_ROUNDS = flags.DEFINE_integer("rounds", 2, "identical runs of the engine", lower_bound=2, upper_bound=26)
 _TOLERANCE = flags.DEFINE_float("tolerance", 0.05, "of capacities", lower_bound=0.001)
 
 _BUDGET = 512  # tokens of a step of policies that cut prompts
@@ -156,20 +156,20 @@ class Pair:
         number = number_at(rate) / 2
         return served_steps(self._llm, self.workloads, rate, number / rate, least=1, seed=seed)
 
-    def simulated_capacity(self, number: int, slo_s: float) -> Capacity:
+    def simulated_capacity(self, slo_s: float) -> Capacity:
         """By the table, of the same requests in all draws."""
         deployment = dataclasses.replace(self._deployment, table=self._table)
-        probe = simulated(deployment, lambda rate, draw: self.workload(number, rate, 0))
+        probe = simulated(deployment, lambda rate, draw: self.workload(number_at(rate), rate, 0))
         return find_capacity(probe, tbt_slo_s=slo_s, seeds=range(_DRAWS), tolerance=_TOLERANCE.value)
 
-    def capacity(self, number: int, slo_s: float, guess: float) -> tuple[Capacity, list[list[ServedStep]]]:
+    def capacity(self, slo_s: float, guess: float) -> tuple[Capacity, list[list[ServedStep]]]:
         """By the engine, of the same requests; and the steps of others, served before each run."""
         others = list[list[ServedStep]]()
 
         def probe(rate: float, seed: int) -> Run:
             others.append(self.other_steps(rate, len(others)))
             # Beyond three times as long as the requests come it is far too slow.
-            return self.serve(self.workload(number, rate, seed), limit_s=3 * number / rate)
+            return self.serve(self.workload(number_at(rate), rate, seed), limit_s=3 * number_at(rate) / rate)
 
         found = find_capacity(
             probe,
@@ -211,13 +211,13 @@ def compare(case: Case, kept: Kept, folder: Path) -> None:
     table = measured_table(case, folder / f"{case.name}.json")
     with LLM(case.model, progress=False, **case.engine) as llm:
         pair = Pair(case, llm, table)
-        # Of requests that all come at once.
-        done = kept.get(f"{case} throughput", lambda: throughput(llm, pair.workloads))
+        # Of requests that all come at once, under the first policy: all policies are compared at the same loads.
+        done = kept.get(f"{case.name} throughput", lambda: throughput(llm, pair.workloads))
         pair.serve(pair.workload(_MAX_NUM_SEQS.value, done, 99))  # what runs first takes longer
         rates = [float(load) * done for load in _LOADS.value]
         compare_latencies(case, pair, rates, kept, folder)
         slo_s = kept.get(f"{case.name} slo", lambda: _SLO * kept.parts[f"{case} sim {rates[-1]:g}"]["p99_tbt_s"])
-        compare_capacities(case, pair, number_at(rates[-1]), slo_s, kept, folder)
+        compare_capacities(case, pair, slo_s, kept, folder)
         assert llm.num_late_compiles == 0, "a program was compiled while it was measured"
 
 
@@ -236,21 +236,21 @@ def compare_latencies(case: Case, pair: Pair, rates: Sequence[float], kept: Kept
         kept.put(f"{case} sim {rate:g}", pair.simulate(pair.workload(number_at(rate), rate, 0)))
 
 
-def compare_capacities(case: Case, pair: Pair, number: int, slo_s: float, kept: Kept, folder: Path) -> None:
+def compare_capacities(case: Case, pair: Pair, slo_s: float, kept: Kept, folder: Path) -> None:
     """Of the engine in every round, beginning where the simulator ends; then of the simulator once more."""
-    guess = pair.simulated_capacity(number, slo_s).rate
+    guess = pair.simulated_capacity(slo_s).rate
     runs = []
     for name in rounds() if guess else ():
 
         def search(key: str = f"{case} capacity real {name}") -> list[list[ServedStep]]:
-            found, others = pair.capacity(number, slo_s, guess)
-            kept.put(key, capacity_figures(found, number))
+            found, others = pair.capacity(slo_s, guess)
+            kept.put(key, capacity_figures(found))
             return others
 
         runs += kept_steps(folder / f"{case.name}-{case.policy}-capacity-{name}.json", search)
     if runs:
         pair.correct(runs)
-    kept.put(f"{case} capacity sim", capacity_figures(pair.simulated_capacity(number, slo_s), number))
+    kept.put(f"{case} capacity sim", capacity_figures(pair.simulated_capacity(slo_s)))
 
 
 def rounds() -> Sequence[str]:
@@ -276,11 +276,10 @@ def figures(run: Run) -> dict[str, float]:
     }
 
 
-def capacity_figures(found: Capacity, number: int) -> dict[str, Any]:
+def capacity_figures(found: Capacity) -> dict[str, Any]:
     """A search in numbers."""
     rates = [[level.rate, level.p99_tbt_s, level.median_delay_s] for level in found.levels]
     return {
-        "requests": number,
         "requests_per_s": found.rate,
         "below": found.below,
         "bound": found.bound,
@@ -292,6 +291,7 @@ def capacity_figures(found: Capacity, number: int) -> dict[str, Any]:
 def main(arguments: Sequence[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"unexpected argument {arguments[1]!r}")
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every read, across the bars
     folder = Path(_OUT.value)
     folder.mkdir(parents=True, exist_ok=True)
     kept = Kept(folder / "fidelity.json")
@@ -305,7 +305,7 @@ def main(arguments: Sequence[str]) -> None:
         compare(case, kept, folder)
     machine = LatencyTable.load(folder / f"{cases[0].name}.json").about["device"]
     pages = [(case.name, case.policy) for case in cases]
-    text = fidelity_page.page(kept.parts, pages, machine)
+    text = fidelity_page.page(kept.parts, pages, machine, _SECONDS.value)
     if _PAGE.value is None:
         print(text)
     else:

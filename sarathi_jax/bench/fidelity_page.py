@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sarathi_jax.bench.paper.markdown import number, table
+from sarathi_jax.telemetry.definitions import MEDIAN_DELAY_SLO_S
 from sarathi_jax.telemetry.plots.style import line_styles, picture, plain_ticks
 
 _CLOSE = 0.10
@@ -85,9 +86,17 @@ def _rounds(parts: Mapping[str, Any], start: str) -> list[Mapping[str, Any]]:
     return [part for name, part in parts.items() if name.startswith(start)]
 
 
-def page(parts: Mapping[str, Any], cases: Sequence[tuple[str, str]], machine: str) -> str:
-    """Markdown: a row a number."""
+def page(parts: Mapping[str, Any], cases: Sequence[tuple[str, str]], machine: str, seconds: float) -> str:
+    """Markdown: a row a number.
+
+    Args:
+      parts, cases: as of `comparisons`.
+      machine: in words.
+      seconds: for which requests came in each run.
+    """
     found = comparisons(parts, cases)
+    too_much = 2 * MEDIAN_DELAY_SLO_S / seconds
+    slos = ", ".join(f"{_text('', parts[f'{name} slo'])} ({name})" for name in dict.fromkeys(case[0] for case in cases))
     num_close = sum(one.is_close for one in found)
     rows = [
         [
@@ -108,9 +117,14 @@ def page(parts: Mapping[str, Any], cases: Sequence[tuple[str, str]], machine: st
 
 On {machine}: {num_close} of {len(found)} numbers are close, {within} of them within 10 %.
 
-Chat requests (the paper's quantiles) scaled to the model's context, at three shares of the throughput that each policy
-reached. *Error* is the simulated number against the mean of identical real runs, *spread* how far two of these are
-apart (the mean of all pairs); *close* means an error of at most 10 %, or of at most the spread where that is larger.
+Chat requests (the paper's quantiles) scaled to the model's context, at three loads, the same for all policies: shares
+of the throughput of the first one when all requests come at once. They come for {seconds:g} s in each run, or a little
+longer where that are too few. *Error* is the simulated number against the mean of identical real runs, *spread* how far
+two of these are apart (the mean of all pairs); *close* means an error of at most 10 %, or of at most the spread where
+that is larger. Capacities are of a P99 TBT of at most {slos} and a median delay of at most
+{MEDIAN_DELAY_SLO_S:g} s; where the delay is what breaks, so short a run gives up to {too_much:.0%} too much, to both
+alike.
+
 The simulator goes by a table of the programs' times, corrected by what steps took while other requests were served
 before each of the real runs (`simulate/in_service.py`); none of the steps that are compared is in it.
 

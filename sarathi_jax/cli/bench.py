@@ -63,8 +63,6 @@ def run(values: flags.FlagValues, arguments: Sequence[str]) -> int:
     if arguments:
         raise UsageError(f"unexpected {arguments[0]!r}; everything is given by flags")
     spec, model = workload_spec(values), model_arguments(values, NOT_OF_THE_ENGINE)
-    if spec.has_rate and spec.rate is None:
-        raise UsageError("--rate is missing: how many requests a second; or say --arrivals static")
     for name in ("time_limit_s", "slo_ms"):
         value = getattr(values, name)
         if value is not None and not 0 < value < float("inf"):

@@ -74,8 +74,6 @@ def run(values: flags.FlagValues, arguments: Sequence[str]) -> int:
     if arguments:
         raise UsageError(f"unexpected {arguments[0]!r}; everything is given by flags")
     spec = workload_spec(values)
-    if spec.has_rate and spec.rate is None:
-        raise UsageError("--rate is missing: how many requests a second; or say --arrivals static")
     for name in ("time_limit_s", "slo_ms"):
         value = getattr(values, name)
         if value is not None and not 0 < value < float("inf"):

@@ -69,7 +69,8 @@ class LatencyTable:
       timings: of each bucket at least one of decodes alone and one of a prompt alone; better, of few decodes and of
         many.
       about: what was measured, as text by key: device, model, versions.
-      idle_s: how much longer a step takes that finds the device idle, and so waits for its own planning and launch.
+      idle_s: how much longer a step takes that finds the device idle, and so waits for its own planning and launch, and
+        for whoever slept until it was asked for.
       spreads: of steps in service; programs that are not named always take the expected time.
 
     Raises:
@@ -105,13 +106,21 @@ class LatencyTable:
         Raises:
           KeyError: no such bucket.
         """
+        return sum(self.parts(work).values())
+
+    def parts(self, work: Work) -> dict[int, float]:
+        """What `step_s` adds up: seconds by the number of decodes of the timings that they rest on, 0 of a prompt's.
+
+        Args and errors as of `step_s`.
+        """
         of_bucket = self._of_bucket[work.num_tokens]
         if not work.num_prefill_keys:
-            return of_bucket.decodes_s(work.num_decodes, work.num_decode_keys)
+            return of_bucket.decodes(work.num_decodes, work.num_decode_keys)
         prefills_s = of_bucket.prefills(work.num_prefill_keys)
         if not work.num_decodes:
-            return prefills_s
-        return of_bucket.decodes_s(work.num_decodes, work.num_decode_keys) + prefills_s - of_bucket.empty_s
+            return {0: prefills_s}
+        decodes = of_bucket.decodes(work.num_decodes, work.num_decode_keys)
+        return {**decodes, 0: prefills_s - of_bucket.empty_s}
 
     def ratios(self, work: Work) -> tuple[float, ...]:
         """Of a step's actual to its expected seconds, each as likely as the others."""
@@ -177,8 +186,8 @@ class _Bucket:
         self.empty_s = min(*(curve.first for curve in self._decodes), min(of_prompts)[1])
         self.prefills = _Curve([(0, self.empty_s), *of_prompts])
 
-    def decodes_s(self, number: int, num_keys: int) -> float:
-        """Seconds of a step of decodes alone: between measured numbers of them, of sequences as long as these.
+    def decodes(self, number: int, num_keys: int) -> dict[int, float]:
+        """Seconds of a step of decodes alone, by the measured numbers of them between which it lies.
 
         Args:
           number: of decodes.
@@ -187,10 +196,11 @@ class _Bucket:
         index = min(bisect.bisect_left(self._numbers, number), len(self._numbers) - 1)
         high = self._numbers[index]
         if index == 0 or number >= high:
-            return self._decodes[index](num_keys)
+            return {high: self._decodes[index](num_keys)}
         low, length = self._numbers[index - 1], num_keys / number
+        share = (number - low) / (high - low)
         few_s, many_s = self._decodes[index - 1](low * length), self._decodes[index](high * length)
-        return few_s + (many_s - few_s) * (number - low) / (high - low)
+        return {low: (1 - share) * few_s, high: share * many_s}
 
 
 class _Curve:

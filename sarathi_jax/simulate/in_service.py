@@ -3,14 +3,15 @@
 import collections
 import dataclasses
 import itertools
+import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Self
 
 import numpy as np
 
 from sarathi_jax.latency import LatencyTable, Spread, Work
-from sarathi_jax.telemetry.steps import StepRecord
+from sarathi_jax.telemetry.run import Run
 
 _LEAST_STEPS, _LEAST_SPREAD = 5, 20  # that are taken to say something of the mean time, and of how times scatter
 _PASSES = 5  # of the correction: a step with a prompt rests on timings of decodes, too, whose ratio is another
@@ -27,17 +28,30 @@ class ServedStep:
       scheduled_s: when its planning began.
       started_s: when the device could begin with it.
       ended_s: when its tokens were known.
+      asked_s: when the first of the requests that it begins with came; None: it begins with none.
     """
 
     work: Work
     scheduled_s: float
     started_s: float
     ended_s: float
+    asked_s: float | None = None
 
     @classmethod
-    def of(cls, record: StepRecord) -> Self:
-        """What matters here of a record."""
-        return cls(record.plan.work, record.scheduled_s, record.started_s, record.ended_s)
+    def of_run(cls, run: Run) -> list[list[Self]]:
+        """The steps of each engine of a run, as far as they matter here."""
+        asked_s = dict[float, float]()  # by when it was first planned
+        for sample in run.samples:
+            if sample.first_scheduled_s is not None:
+                at_s = sample.first_scheduled_s
+                asked_s[at_s] = min(sample.arrival_s, asked_s.get(at_s, math.inf))
+        return [
+            [
+                cls(step.plan.work, step.scheduled_s, step.started_s, step.ended_s, asked_s.get(step.scheduled_s))
+                for step in steps
+            ]
+            for steps in run.steps
+        ]
 
 
 def in_service(table: LatencyTable, runs: Iterable[Sequence[ServedStep]]) -> LatencyTable:
@@ -45,8 +59,9 @@ def in_service(table: LatencyTable, runs: Iterable[Sequence[ServedStep]]) -> Lat
 
     `sarathi_jax.timing.measure` runs each program over and over. In service planning, packing and what the caller does
     take their share of the processor meanwhile; a quick step is over before the next one is planned, and one that finds
-    the device idle waits for all of it. The times of each bucket, with prompts and without, are multiplied by the times
-    from one step's tokens to the next one's, to what the table says; `idle_s` is what steps after idleness took longer.
+    the device idle waits for all of it, and until whoever slept has woken up. Each bucket's times of few decodes, of
+    many and of a prompt are multiplied by the times from one step's tokens to the next one's, to what the table says of
+    the steps that rest on them; `idle_s` is what steps after idleness took longer, from when their first request came.
     How the steps of a bucket scatter about that is kept as well: the P99 of times between tokens is made of slow steps.
 
     Args:
@@ -56,28 +71,30 @@ def in_service(table: LatencyTable, runs: Iterable[Sequence[ServedStep]]) -> Lat
     Returns:
       Another table; the same one where there are no steps.
     """
-    busy, idle = list[list[tuple[Work, float]]](), list[ServedStep]()
+    busy, idle, alone = list[list[tuple[Work, float]]](), list[tuple[Work, float]](), list[tuple[Work, float]]()
     for run in runs:
         busy.append([])
         for before, step in itertools.pairwise(run):
             if step.scheduled_s < before.ended_s:
                 busy[-1].append((step.work, step.ended_s - before.ended_s))
             else:
-                idle.append(step)
+                asked_s = step.scheduled_s if step.asked_s is None else max(step.asked_s, before.ended_s)
+                idle.append((step.work, step.ended_s - asked_s))
+                alone.append((step.work, step.ended_s - step.started_s))
     # Without overlap every step waits for its planning.
-    steps = busy if any(busy) else [[(step.work, step.ended_s - step.started_s) for step in idle]]
+    steps = busy if any(busy) else [alone]
     corrected, measured = table, _Ratios(table, steps)
     if not measured.of_all:
         return table
     for _ in range(_PASSES):
         timings = [
-            dataclasses.replace(timing, seconds=timing.seconds * measured.ratio(timing.bucket, timing.num_decodes == 0))
+            dataclasses.replace(timing, seconds=timing.seconds * measured.ratio(timing.bucket, timing.num_decodes))
             for timing in corrected.timings
         ]
         corrected = LatencyTable(timings, table.about)
         measured = _Ratios(corrected, steps)
-    after_idleness = _usual([(step.ended_s - step.scheduled_s, corrected.step_s(step.work)) for step in idle])
-    waits_s = [took_s - expected_s for took_s, expected_s in after_idleness]
+    after_idleness = _Ratios(corrected, [idle]).of_all
+    waits_s = [step.took_s - step.expected_s for step in after_idleness]
     idle_s = max(0.0, statistics.fmean(waits_s)) if waits_s else 0.0
     spreads = [
         Spread(bucket, has_prompts, measured.spread(bucket, has_prompts))
@@ -87,51 +104,71 @@ def in_service(table: LatencyTable, runs: Iterable[Sequence[ServedStep]]) -> Lat
     return LatencyTable(corrected.timings, table.about, idle_s, spreads)
 
 
-def _usual[*Times](rows: Sequence[tuple[float, float, *Times]]) -> list[tuple[float, float, *Times]]:
-    """Rows that begin with the seconds taken and expected, but for steps during which the machine was away."""
-    if not rows:
+@dataclasses.dataclass(frozen=True)
+class _Timed:
+    """A step beside the table.
+
+    Attributes:
+      took_s: measured.
+      parts: of the table, see `LatencyTable.parts`.
+      expected_s: their sum.
+      run_s: that, as much slower as the whole run was.
+    """
+
+    took_s: float
+    parts: Mapping[int, float]
+    expected_s: float
+    run_s: float
+
+
+def _usual(steps: Sequence[_Timed]) -> list[_Timed]:
+    """Steps but for those during which the machine was away."""
+    if not steps:
         return []
-    longest = _AWAY * statistics.median(row[0] / row[1] for row in rows)
-    return [row for row in rows if row[0] <= longest * row[1]]
+    longest = _AWAY * statistics.median(step.took_s / step.expected_s for step in steps)
+    return [step for step in steps if step.took_s <= longest * step.expected_s]
 
 
 class _Ratios:
-    """What steps took to what the table says: of a bucket, with prompts in it or none; of few steps that of their kind.
+    """What steps took to what the table says: of timings, by the steps that rest on them; of few steps, of their kind.
 
     Attributes:
-      of_all: of each step the seconds measured, those tabulated, and these as slow as its whole run was.
+      of_all: steps.
     """
 
     def __init__(self, table: LatencyTable, runs: Iterable[Sequence[tuple[Work, float]]]):
-        self.of_all = list[tuple[float, float, float]]()
-        self._of_kind = collections.defaultdict[bool, list[tuple[float, float, float]]](list)
-        self._of_bucket = collections.defaultdict[tuple[int, bool], list[tuple[float, float, float]]](list)
+        self.of_all = list[_Timed]()
+        self._of_kind = collections.defaultdict[bool, list[_Timed]](list)
+        self._of_bucket = collections.defaultdict[tuple[int, bool], list[_Timed]](list)
         for steps in runs:
-            pairs = [(took_s, table.step_s(work)) for work, took_s in steps]
-            slowness = _ratio(pairs) if pairs else 1.0
-            for (work, _), (took_s, expected_s) in zip(steps, pairs, strict=True):
+            parts = [table.parts(work) for work, _ in steps]
+            slowness = sum(took_s for _, took_s in steps) / sum(map(_total, parts)) if steps else 1.0
+            for (work, took_s), its in zip(steps, parts, strict=True):
                 of_bucket = self._of_bucket[work.num_tokens, work.num_prefill_keys > 0]
-                of_bucket.append((took_s, expected_s, slowness * expected_s))
-        for (bucket, has_prompts), pairs in self._of_bucket.items():
-            self._of_bucket[bucket, has_prompts] = usual = _usual(pairs)
+                of_bucket.append(_Timed(took_s, its, _total(its), slowness * _total(its)))
+        for (bucket, has_prompts), timed in self._of_bucket.items():
+            self._of_bucket[bucket, has_prompts] = usual = _usual(timed)
             self._of_kind[has_prompts] += usual
             self.of_all += usual
 
-    def ratio(self, bucket: int, has_prompts: bool) -> float:
-        """Of the times of all steps."""
-        return _ratio([(took_s, expected_s) for took_s, expected_s, _ in self._like(bucket, has_prompts, _LEAST_STEPS)])
+    def ratio(self, bucket: int, num_decodes: int) -> float:
+        """Of the times of a bucket's steps, each as far as it rests on timings of so many decodes."""
+        steps = [step for has_prompts in (False, True) for step in self._of_bucket.get((bucket, has_prompts), ())]
+        shares = [step.parts.get(num_decodes, 0.0) / step.expected_s for step in steps]
+        if sum(shares) < _LEAST_STEPS:
+            steps = self._of_kind[num_decodes == 0] or self.of_all
+            shares = [1.0] * len(steps)
+        took_s = sum(share * step.took_s for share, step in zip(shares, steps, strict=True))
+        return took_s / sum(share * step.expected_s for share, step in zip(shares, steps, strict=True))
 
     def spread(self, bucket: int, has_prompts: bool) -> tuple[float, ...]:
         """Of each step, to the mean of its run; so many quantiles, as likely each."""
-        ratios = [took_s / run_s for took_s, _, run_s in self._like(bucket, has_prompts, _LEAST_SPREAD)]
+        candidates = self._of_bucket.get((bucket, has_prompts), []), self._of_kind[has_prompts]
+        steps = next((steps for steps in candidates if len(steps) >= _LEAST_SPREAD), self.of_all)
+        ratios = [step.took_s / step.run_s for step in steps]
         quantiles = np.quantile(ratios, (np.arange(_QUANTILES) + 0.5) / _QUANTILES)
         return tuple(map(float, np.round(quantiles / quantiles.mean(), 4)))
 
-    def _like(self, bucket: int, has_prompts: bool, least: int) -> list[tuple[float, float, float]]:
-        """The most like steps of which there are enough."""
-        candidates = self._of_bucket.get((bucket, has_prompts), []), self._of_kind[has_prompts]
-        return next((pairs for pairs in candidates if len(pairs) >= least), self.of_all)
 
-
-def _ratio(pairs: Sequence[tuple[float, float]]) -> float:
-    return sum(took_s for took_s, _ in pairs) / sum(expected_s for _, expected_s in pairs)
+def _total(parts: Mapping[int, float]) -> float:
+    return sum(parts.values())

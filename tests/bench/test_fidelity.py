@@ -24,7 +24,7 @@ def parts(simulated: float, *real: float) -> dict:
     }
     return {
         "tiny slo": 1.0,
-        "tiny sarathi throughput": 1.0,
+        "tiny throughput": 1.0,
         "tiny sarathi sim 0.5": dict.fromkeys(runs, simulated),
         "tiny sarathi capacity sim": {"requests_per_s": simulated},
         **of_load,
@@ -54,8 +54,10 @@ def test_close_is_a_tenth_or_the_spread(simulated, real, error, spread, is_close
 
 
 def test_page_and_picture(tmp_path):
-    told = page(parts(1.2, 1.0, 1.0), CASES, "2 cores")
+    told = page(parts(1.2, 1.0, 1.0), CASES, "2 cores", 20.0)
     assert "On 2 cores: 0 of 3 numbers are close" in told
+    assert "a P99 TBT of at most 1,000 ms (tiny)" in told
+    assert "up to 20% too much" in told
     assert "| tiny | sarathi | 0.5 | P50 TTFT | 1,200 ms | 1,000, 1,000 ms | +20.0% | 0.0% | **no** |" in told
     draw(parts(1.2, 1.0, 1.0), CASES, tmp_path / "fidelity.svg")
     assert "tiny, sarathi" in (tmp_path / "fidelity.svg").read_text()
@@ -82,8 +84,8 @@ def test_a_small_comparison_goes_on_where_it_was(tmp_path):
     command = [sys.executable, "-m", "sarathi_jax.bench.fidelity", *flags, f"--page={tmp_path / 'page.md'}"]
     assert said_by(command).startswith("wrote ")
     first = (tmp_path / "page.json").read_text()
-    kinds = {name.removeprefix("shipped sarathi ").split()[0] for name in json.loads(first)}
-    assert kinds >= {"throughput", "sim", "real"}
+    kinds = {name.removeprefix("shipped ").removeprefix("sarathi ").split()[0] for name in json.loads(first)}
+    assert kinds == {"throughput", "slo", "sim", "real", "capacity"}
     assert "simulated and real" in (tmp_path / "page.md").read_text()
     assert said_by(command).startswith("wrote ")
     assert (tmp_path / "page.json").read_text() == first

@@ -40,6 +40,15 @@ def test_between_and_beyond(decode_keys, prefill_keys, seconds):
     assert LatencyTable(timings()).step_s(work) == pytest.approx(seconds)
 
 
+def test_parts_add_up_to_a_step():
+    table = with_one_decode()
+    assert table.parts(Work(8, 2, 100)) == pytest.approx({1: 0.0025 * 2 / 3, 4: 0.030 / 3})
+    assert table.parts(Work(8, num_prefill_keys=1000)) == pytest.approx({0: 0.018})
+    mixed = Work(8, 2, 100, 1000)
+    assert table.parts(mixed) == pytest.approx({1: 0.0025 * 2 / 3, 4: 0.030 / 3, 0: 0.018 - 0.002})
+    assert table.step_s(mixed) == pytest.approx(sum(table.parts(mixed).values()))
+
+
 def with_one_decode() -> LatencyTable:
     """Of four decodes as in `timings`, of one a tenth; the emptiest step takes 2 ms."""
     one = [Timing(8, 1, keys, 0, 0.002 + keys * 1e-5) for keys in (0, 100)]

@@ -4,8 +4,18 @@ import pytest
 from absl import flags
 
 from sarathi_jax.cli.fields import UsageError, parse
-from sarathi_jax.cli.workload_flags import define_workload_flags, workload_of, workloads_of
-from sarathi_jax.workloads import WorkloadError, WorkloadSpec, arrivals_of, fixed, gamma, lengths_of, poisson, uniform
+from sarathi_jax.cli.workload_flags import define_workload_flags, workload_spec
+from sarathi_jax.workloads import (
+    Workload,
+    WorkloadError,
+    WorkloadSpec,
+    arrivals_of,
+    fixed,
+    gamma,
+    lengths_of,
+    poisson,
+    uniform,
+)
 
 
 def given(*arguments: str, skip: tuple[str, ...] = ()) -> flags.FlagValues:
@@ -13,6 +23,11 @@ def given(*arguments: str, skip: tuple[str, ...] = ()) -> flags.FlagValues:
     define_workload_flags(values, skip)
     parse(values, "bench", list(arguments))
     return values
+
+
+def workload_of(values: flags.FlagValues, context: int | None = None) -> Workload:
+    spec = workload_spec(values)
+    return spec.open(context).at(spec.rate, spec.seed)
 
 
 @pytest.fixture
@@ -82,7 +97,7 @@ def test_lengths_are_scaled_to_a_model_that_is_too_small_and_to_a_context_that_i
     assert max(r.prompt + r.output for r in workload_of(given(*rated, "--context=10"), 50).requests()) == 10
     with pytest.raises(WorkloadError, match="lower it"):
         workload_of(given(*rated, "--context=60"), 50)
-    assert "scaled from 100 to 50" in workloads_of(given(*rated), 50).source
+    assert "scaled from 100 to 50" in workload_spec(given(*rated)).open(50).source
 
 
 def test_recorded_arrivals_bring_their_lengths(trace):
@@ -93,7 +108,7 @@ def test_recorded_arrivals_bring_their_lengths(trace):
 
 
 def test_a_rate_can_be_looked_for():
-    workloads = workloads_of(given("--trace=chat", "--num_requests=4", skip=("rate",)), skip=("rate",))
+    workloads = workload_spec(given("--trace=chat", "--num_requests=4", skip=("rate",)), skip=("rate",)).open()
     slow, quick = workloads.at(1.0, 3).requests(), workloads.at(2.0, 3).requests()
     assert [r.prompt for r in slow] == [r.prompt for r in quick]
     assert [r.arrival_s for r in slow] == pytest.approx([2 * r.arrival_s for r in quick])

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from tqdm import tqdm
 
 from sarathi_jax.bench.paper.experiment import ExperimentError, Options
@@ -25,6 +25,7 @@ _DATA = flags.DEFINE_string(
 def main(arguments: Sequence[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"unexpected argument {arguments[1]!r}")
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every read, across the bars
     experiments = shipped_experiments()
     names = [experiment.name for experiment in experiments]
     unknown = [name for name in _ONLY.value if name not in names]

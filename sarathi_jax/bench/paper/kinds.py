@@ -1,5 +1,6 @@
 """Which module runs which kind of experiment."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,23 +23,6 @@ from sarathi_jax.bench.paper import (
 from sarathi_jax.bench.paper.experiment import Experiment, ExperimentError, Options, Section, read_experiment
 from sarathi_jax.resources import config_names, config_path
 
-KINDS = (
-    "ablation",
-    "batch_throughput",
-    "capacity",
-    "chunking_overhead",
-    "hybrid_iteration",
-    "intensity",
-    "pipeline",
-    "real_ablation",
-    "real_capacity",
-    "real_stall",
-    "real_tradeoff",
-    "slo",
-    "tile_quantisation",
-    "tradeoff",
-)
-
 
 class Kind(Protocol):
     """What a module of a kind has.
@@ -56,43 +40,22 @@ class Kind(Protocol):
         ...
 
 
-def module_of(kind: str) -> Any:
-    """The module of a kind, see `Kind`.
-
-    Raises:
-      ExperimentError: there is none.
-    """
-    match kind:
-        case "ablation":
-            return ablation
-        case "batch_throughput":
-            return batch_throughput
-        case "capacity":
-            return capacity
-        case "chunking_overhead":
-            return chunking_overhead
-        case "hybrid_iteration":
-            return hybrid_iteration
-        case "intensity":
-            return intensity
-        case "pipeline":
-            return pipeline
-        case "real_ablation":
-            return real_ablation
-        case "real_capacity":
-            return real_capacity
-        case "real_stall":
-            return real_stall
-        case "real_tradeoff":
-            return real_tradeoff
-        case "slo":
-            return slo
-        case "tile_quantisation":
-            return tile_quantisation
-        case "tradeoff":
-            return tradeoff
-        case _:
-            raise ExperimentError(f"kind {kind!r} is none of {', '.join(KINDS)}")
+_KINDS: Mapping[str, Kind] = {
+    "ablation": ablation,
+    "batch_throughput": batch_throughput,
+    "capacity": capacity,
+    "chunking_overhead": chunking_overhead,
+    "hybrid_iteration": hybrid_iteration,
+    "intensity": intensity,
+    "pipeline": pipeline,
+    "real_ablation": real_ablation,
+    "real_capacity": real_capacity,
+    "real_stall": real_stall,
+    "real_tradeoff": real_tradeoff,
+    "slo": slo,
+    "tile_quantisation": tile_quantisation,
+    "tradeoff": tradeoff,
+}
 
 
 def load_experiment(path: Path) -> Experiment:
@@ -102,12 +65,11 @@ def load_experiment(path: Path) -> Experiment:
       ExperimentError: it cannot be run; names the file.
     """
     experiment = read_experiment(path)
-    try:
-        module = module_of(experiment.kind)
-    except ExperimentError as error:
-        raise ExperimentError(f"{path}: {error}") from None
-    experiment.settings_as(module.Settings)
-    experiment.paper_as(module.Paper)
+    kind = _KINDS.get(experiment.kind)
+    if kind is None:
+        raise ExperimentError(f"{path}: kind {experiment.kind!r} is none of {', '.join(_KINDS)}")
+    experiment.settings_as(kind.Settings)
+    experiment.paper_as(kind.Paper)
     return experiment
 
 
@@ -118,4 +80,4 @@ def shipped_experiments() -> list[Experiment]:
 
 def run(experiment: Experiment, options: Options) -> Section:
     """Runs an experiment by its kind."""
-    return module_of(experiment.kind).run(experiment, options)
+    return _KINDS[experiment.kind].run(experiment, options)
