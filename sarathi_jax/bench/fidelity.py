@@ -8,9 +8,9 @@ For each model its programs are timed, as `main.py profile` does. Then, for each
    (`sarathi_jax.bench.calibration`), then those that are compared. All of it happens in several rounds: so it is known
    as well how far identical runs are apart.
 2. The simulator serves the requests that are compared by that table, which has seen none of them.
-3. The simulator's capacity is searched, then the engine's in as many rounds, which begins where the simulator's ended;
-   before each of its runs others are served again, and the simulator's capacity is searched once more by these. The SLO
-   is 1.5 times the P99 TBT that the simulator expects of the first policy at the largest of the three loads.
+3. The simulator's capacity is searched, then the engine's, twice, beginning where the simulator's ended; before each of
+   its runs others are served again, and the simulator's capacity is searched once more by these. The SLO is 1.5 times
+   the P99 TBT that the simulator expects of the first policy at the largest of the three loads.
 
 What was measured is kept in the folder, part by part: a run that was cut off goes on where it was, also by more rounds.
 Nothing else should run meanwhile; on two cores it takes an hour and a half. The shares are of what is done when all
@@ -48,18 +48,22 @@ from sarathi_jax.workloads import Workload, Workloads, WorkloadSpec
 
 _OUT = flags.DEFINE_string("out", "build/fidelity", "folder of what is measured, which a later run goes on with")
 _PAGE = flags.DEFINE_string("page", None, "file for the page (.md); pictures and numbers go beside it")
-_MODELS = flags.DEFINE_list("models", ["shipped:2048", "llama-200m:1024"], "name of configs/models : context, each")
+_MODELS = flags.DEFINE_list(
+    "models",
+    ["shipped:2048:100", "llama-200m:1024:30"],
+    "name of configs/models : context : least requests of a run at each load",
+)
 _POLICIES = flags.DEFINE_list("policies", ["sarathi", "vllm", "orca"], "policies to compare")
 _LOADS = flags.DEFINE_list("loads", ["0.4", "0.55", "0.7"], "shares of the throughput")
-_SECONDS = flags.DEFINE_float("seconds", 20, "of arrivals in each run, about", lower_bound=0.1)
-_LEAST = flags.DEFINE_integer("least_requests", 30, "of each run", lower_bound=1)
+_SECONDS = flags.DEFINE_float("seconds", 20, "of arrivals in each run, or longer for so many requests", lower_bound=0.1)
 _MAX_NUM_SEQS = flags.DEFINE_integer("max_num_seqs", 16, "sequences at once", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 2, "identical runs of the engine", lower_bound=2, upper_bound=26)
+_ROUNDS = flags.DEFINE_integer("rounds", 2, "identical runs of the engine at each load", lower_bound=2, upper_bound=26)
 _TOLERANCE = flags.DEFINE_float("tolerance", 0.05, "of capacities", lower_bound=0.001)
 
 _BUDGET = 512  # tokens of a step of policies that cut prompts
 _WHOLE = ("vllm", "orca")  # policies that compute prompts whole
-_DRAWS = 5  # of how the steps of a simulation scatter
+_SEARCHES, _LEAST = "ab", 30  # identical ones of the engine's capacity, and requests of each run
+_DRAWS = 9  # of how the steps of a simulation scatter
 _NEAR = 1.15  # how far the engine's capacity may be from the simulator's, about
 # The P99 TBT of a policy that cuts prompts is the time of a full step, at any rate: a promise of just that is kept by
 # chance. Two identical searches found 0.82 and 1.48 requests/s by it.
@@ -74,11 +78,13 @@ class Case:
     Attributes:
       name: of the model, `_SHIPPED` or one of configs/models.
       context: longest prompt and output together.
+      least: requests of a run at each load.
       policy: of `EngineConfig`.
     """
 
     name: str
     context: int
+    least: int
     policy: str
 
     def __str__(self) -> str:
@@ -98,6 +104,14 @@ class Case:
             "token_budget": self.context if self.policy in _WHOLE else min(_BUDGET, self.context),
             "prefix_caching": False,
         }
+
+
+def case_of(model: str, policy: str) -> Case:
+    """A case in words: the model as in the flag."""
+    match model.split(":"):
+        case [name, context, least] if context.isdecimal() and least.isdecimal():
+            return Case(name, int(context), int(least), policy)
+    raise app.UsageError(f"--models: {model!r} is no name:context:requests, such as shipped:2048:100")
 
 
 class Kept:
@@ -151,15 +165,14 @@ class Pair:
         self._salt += 1
         return replay(self._llm, workload.requests(), seed=self._salt, limit_s=limit_s, progress=False)
 
-    def other_steps(self, rate: float, seed: int) -> list[ServedStep]:
-        """Of the engine, by other requests, for half as long."""
-        number = number_at(rate) / 2
-        return served_steps(self._llm, self.workloads, rate, number / rate, least=1, seed=seed)
+    def other_steps(self, number: int, rate: float, seed: int) -> list[ServedStep]:
+        """Of the engine, by half as many other requests."""
+        return served_steps(self._llm, self.workloads, rate, number / 2 / rate, least=1, seed=seed)
 
     def simulated_capacity(self, slo_s: float) -> Capacity:
         """By the table, of the same requests in all draws."""
         deployment = dataclasses.replace(self._deployment, table=self._table)
-        probe = simulated(deployment, lambda rate, draw: self.workload(number_at(rate), rate, 0))
+        probe = simulated(deployment, lambda rate, draw: self.workload(number_at(rate, _LEAST), rate, 0))
         return find_capacity(probe, tbt_slo_s=slo_s, seeds=range(_DRAWS), tolerance=_TOLERANCE.value)
 
     def capacity(self, slo_s: float, guess: float) -> tuple[Capacity, list[list[ServedStep]]]:
@@ -167,9 +180,10 @@ class Pair:
         others = list[list[ServedStep]]()
 
         def probe(rate: float, seed: int) -> Run:
-            others.append(self.other_steps(rate, len(others)))
+            number = number_at(rate, _LEAST)
+            others.append(self.other_steps(number, rate, len(others)))
             # Beyond three times as long as the requests come it is far too slow.
-            return self.serve(self.workload(number_at(rate), rate, seed), limit_s=3 * number_at(rate) / rate)
+            return self.serve(self.workload(number, rate, seed), limit_s=3 * number / rate)
 
         found = find_capacity(
             probe,
@@ -226,21 +240,22 @@ def compare_latencies(case: Case, pair: Pair, rates: Sequence[float], kept: Kept
     runs = []
     for i, name in enumerate(rounds()):
         for j, rate in enumerate(rates):
+            number = number_at(rate, case.least)
             # Just before what is compared: a machine that others use, too, is not the same from minute to minute.
-            make = functools.partial(pair.other_steps, rate, seed=len(rates) * i + j)
+            make = functools.partial(pair.other_steps, number, rate, seed=len(rates) * i + j)
             runs += kept_steps(folder / f"{case.name}-{case.policy}-{j}{name}.json", lambda make=make: [make()])
-            workload = pair.workload(number_at(rate), rate, 0)
+            workload = pair.workload(number, rate, 0)
             kept.get(f"{case} real {rate:g} {name}", lambda w=workload: figures(pair.serve(w)))
     pair.correct(runs)
     for rate in rates:
-        kept.put(f"{case} sim {rate:g}", pair.simulate(pair.workload(number_at(rate), rate, 0)))
+        kept.put(f"{case} sim {rate:g}", pair.simulate(pair.workload(number_at(rate, case.least), rate, 0)))
 
 
 def compare_capacities(case: Case, pair: Pair, slo_s: float, kept: Kept, folder: Path) -> None:
-    """Of the engine in every round, beginning where the simulator ends; then of the simulator once more."""
+    """Of the engine, beginning where the simulator ends; then of the simulator once more."""
     guess = pair.simulated_capacity(slo_s).rate
     runs = []
-    for name in rounds() if guess else ():
+    for name in _SEARCHES if guess else "":
 
         def search(key: str = f"{case} capacity real {name}") -> list[list[ServedStep]]:
             found, others = pair.capacity(slo_s, guess)
@@ -258,9 +273,9 @@ def rounds() -> Sequence[str]:
     return string.ascii_lowercase[: _ROUNDS.value]
 
 
-def number_at(rate: float) -> int:
+def number_at(rate: float, least: int) -> int:
     """Requests of a run."""
-    return max(_LEAST.value, round(_SECONDS.value * rate))
+    return max(least, round(_SECONDS.value * rate))
 
 
 def figures(run: Run) -> dict[str, float]:
@@ -295,11 +310,7 @@ def main(arguments: Sequence[str]) -> None:
     folder = Path(_OUT.value)
     folder.mkdir(parents=True, exist_ok=True)
     kept = Kept(folder / "fidelity.json")
-    cases = [
-        Case(name, int(context), policy)
-        for name, _, context in (model.partition(":") for model in _MODELS.value)
-        for policy in _POLICIES.value
-    ]
+    cases = [case_of(model, policy) for model in _MODELS.value for policy in _POLICIES.value]
     for case in (bar := tqdm(cases, unit="case", file=sys.stderr)):
         bar.set_description(str(case))
         compare(case, kept, folder)

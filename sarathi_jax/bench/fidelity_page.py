@@ -23,6 +23,7 @@ class Comparison:
       case: model and policy.
       what: is compared.
       load: requests a second; None: a capacity.
+      requests: of each run; None: of a search it depends on the rate.
       simulated: by the simulator.
       real: by the engine.
     """
@@ -30,6 +31,7 @@ class Comparison:
     case: tuple[str, str]
     what: str
     load: float | None
+    requests: int | None
     simulated: float
     real: tuple[float, ...]
 
@@ -72,13 +74,13 @@ def comparisons(parts: Mapping[str, Any], cases: Sequence[tuple[str, str]]) -> l
         say = " ".join(case)
         of_case = {name.removeprefix(f"{say} "): part for name, part in parts.items() if name.startswith(f"{say} ")}
         for load in (name.removeprefix("sim ") for name in of_case if name.startswith("sim ")):
-            real = _rounds(of_case, f"real {load} ")
+            real, simulated = _rounds(of_case, f"real {load} "), of_case[f"sim {load}"]
             for key, what in _METRICS.items():
                 values = tuple(run[key] for run in real)
-                found.append(Comparison(case, what, float(load), of_case[f"sim {load}"][key], values))
+                found.append(Comparison(case, what, float(load), simulated["requests"], simulated[key], values))
         if real := _rounds(of_case, "capacity real "):
             values = tuple(run["requests_per_s"] for run in real)
-            found.append(Comparison(case, "capacity", None, of_case["capacity sim"]["requests_per_s"], values))
+            found.append(Comparison(case, "capacity", None, None, of_case["capacity sim"]["requests_per_s"], values))
     return found
 
 
@@ -102,6 +104,7 @@ def page(parts: Mapping[str, Any], cases: Sequence[tuple[str, str]], machine: st
         [
             *one.case,
             "" if one.load is None else f"{one.load:.3g}",
+            one.requests or "",
             one.what,
             _text(one.what, one.simulated),
             _text(one.what, *one.real),
@@ -111,15 +114,15 @@ def page(parts: Mapping[str, Any], cases: Sequence[tuple[str, str]], machine: st
         ]
         for one in found
     ]
-    header = ["model", "policy", "requests/s", "what", "simulated", "real", "error", "spread", "close"]
+    header = ["model", "policy", "requests/s", "requests", "what", "simulated", "real", "error", "spread", "close"]
     within = sum(abs(one.error) <= _CLOSE for one in found)
     return f"""# The simulator against the real engine
 
 On {machine}: {num_close} of {len(found)} numbers are close, {within} of them within 10 %.
 
 Chat requests (the paper's quantiles) scaled to the model's context, at three loads, the same for all policies: shares
-of the throughput of the first one when all requests come at once. They come for {seconds:g} s in each run, or a little
-longer where that are too few. *Error* is the simulated number against the mean of identical real runs, *spread* how far
+of the throughput of the first one when all requests come at once. They come for {seconds:g} s in each run, or longer
+where that are too few. *Error* is the simulated number against the mean of identical real runs, *spread* how far
 two of these are apart (the mean of all pairs); *close* means an error of at most 10 %, or of at most the spread where
 that is larger. Capacities are of a P99 TBT of at most {slos} and a median delay of at most
 {MEDIAN_DELAY_SLO_S:g} s; where the delay is what breaks, so short a run gives up to {too_much:.0%} too much, to both

@@ -7,6 +7,7 @@ profiles likewise to set its token budget, section 4.3.)
 """
 
 import bisect
+import collections
 import dataclasses
 import itertools
 import json
@@ -18,7 +19,7 @@ from typing import Any
 
 from sarathi_jax.latency.work import Work
 
-FORMAT = 3  # 1 had no steps of one decode, and no idle_s; 2 no spreads
+FORMAT = 4  # 1 had no steps of one decode, and no idle_s; 2 no spreads; 3 spreads as ratios
 
 
 class TableError(ValueError):
@@ -51,12 +52,12 @@ class Spread:
     Attributes:
       bucket: tokens of the program.
       has_prompts: they compute chunks of prompts; False: decodes alone.
-      ratios: of actual to expected seconds, each as likely as the others.
+      excess_s: how much longer than expected they take, each as likely as the others.
     """
 
     bucket: int
     has_prompts: bool
-    ratios: tuple[float, ...]
+    excess_s: tuple[float, ...]
 
 
 class LatencyTable:
@@ -88,7 +89,7 @@ class LatencyTable:
         self.about = dict(about or {})
         self.idle_s = idle_s
         self.spreads = tuple(spreads)
-        self._ratios = {(spread.bucket, spread.has_prompts): spread.ratios for spread in self.spreads}
+        self._excess_s = {(spread.bucket, spread.has_prompts): spread.excess_s for spread in self.spreads}
         if not self.timings or not all(timing.seconds > 0 for timing in self.timings):
             raise TableError("a latency table needs timings above 0: measure again")
         self.buckets = tuple(sorted({timing.bucket for timing in self.timings}))
@@ -106,25 +107,35 @@ class LatencyTable:
         Raises:
           KeyError: no such bucket.
         """
-        return sum(self.parts(work).values())
+        of_bucket = self._of_bucket[work.num_tokens]
+        seconds = 0.0
+        if work.num_decodes or not work.num_prefill_keys:
+            seconds = sum(of_bucket.decodes(work.num_decodes, work.num_decode_keys).values())
+        if not work.num_prefill_keys:
+            return seconds
+        prefills_s = of_bucket.prefills(work.num_prefill_keys)
+        return seconds + prefills_s - of_bucket.empty_s if work.num_decodes else prefills_s
 
     def parts(self, work: Work) -> dict[int, float]:
         """What `step_s` adds up: seconds by the number of decodes of the timings that they rest on, 0 of a prompt's.
 
-        Args and errors as of `step_s`.
+        Where all timings of such a number were twice as long, the step would take so much longer; less than nothing,
+        where they are what is subtracted. Args and errors as of `step_s`.
         """
         of_bucket = self._of_bucket[work.num_tokens]
-        if not work.num_prefill_keys:
-            return of_bucket.decodes(work.num_decodes, work.num_decode_keys)
-        prefills_s = of_bucket.prefills(work.num_prefill_keys)
-        if not work.num_decodes:
-            return {0: prefills_s}
-        decodes = of_bucket.decodes(work.num_decodes, work.num_decode_keys)
-        return {**decodes, 0: prefills_s - of_bucket.empty_s}
+        parts = collections.defaultdict[int, float](float)
+        if work.num_decodes or not work.num_prefill_keys:
+            parts |= of_bucket.decodes(work.num_decodes, work.num_decode_keys)
+        if work.num_prefill_keys:
+            for number, seconds in of_bucket.prompt(work.num_prefill_keys):
+                parts[number] += seconds
+            if work.num_decodes:
+                parts[of_bucket.emptiest] -= of_bucket.empty_s
+        return dict(parts)
 
-    def ratios(self, work: Work) -> tuple[float, ...]:
-        """Of a step's actual to its expected seconds, each as likely as the others."""
-        return self._ratios.get((work.num_tokens, work.num_prefill_keys > 0), (1.0,))
+    def excess_s(self, work: Work) -> tuple[float, ...]:
+        """By how much a step's actual seconds exceed the expected ones, each as likely as the others."""
+        return self._excess_s.get((work.num_tokens, work.num_prefill_keys > 0), (0.0,))
 
     def save(self, path: Path) -> None:
         """Writes the table as JSON, all at once or not at all."""
@@ -154,7 +165,7 @@ class LatencyTable:
             if document["format"] != FORMAT:
                 raise TableError(f"{path} has format {document['format']}, this version reads {FORMAT}: measure again")
             timings = [Timing(**row) for row in document["timings"]]
-            spreads = [Spread(**row | {"ratios": tuple(row["ratios"])}) for row in document["spreads"]]
+            spreads = [Spread(**row | {"excess_s": tuple(row["excess_s"])}) for row in document["spreads"]]
             return cls(timings, document["about"], document["idle_s"], spreads)
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, TableError):
@@ -167,6 +178,7 @@ class _Bucket:
 
     Attributes:
       empty_s: of the emptiest step measured.
+      emptiest: how many decodes that had.
       prefills: seconds by the keys that chunks read.
     """
 
@@ -183,7 +195,9 @@ class _Bucket:
                 raise TableError(f"the latency table has no timing of {kind} in bucket {bucket}: measure again")
         self._numbers = sorted(of_decodes)
         self._decodes = [_Curve(of_decodes[number]) for number in self._numbers]
-        self.empty_s = min(*(curve.first for curve in self._decodes), min(of_prompts)[1])
+        self._first_keys, first_s = min(of_prompts)
+        firsts = dict(zip(self._numbers, (curve.first for curve in self._decodes), strict=True)) | {0: first_s}
+        self.empty_s, self.emptiest = min((seconds, number) for number, seconds in firsts.items())
         self.prefills = _Curve([(0, self.empty_s), *of_prompts])
 
     def decodes(self, number: int, num_keys: int) -> dict[int, float]:
@@ -201,6 +215,16 @@ class _Bucket:
         share = (number - low) / (high - low)
         few_s, many_s = self._decodes[index - 1](low * length), self._decodes[index](high * length)
         return {low: (1 - share) * few_s, high: share * many_s}
+
+    def prompt(self, num_keys: int) -> tuple[tuple[int, float], ...]:
+        """Seconds of a step of a prompt alone, each beside the number of decodes of the timings that they rest on.
+
+        Args:
+          num_keys: that the chunk reads.
+        """
+        seconds = self.prefills(num_keys)
+        empty_s = max(0.0, 1 - num_keys / self._first_keys) * self.empty_s if self._first_keys else 0.0
+        return (self.emptiest, empty_s), (0, seconds - empty_s)
 
 
 class _Curve:

@@ -11,6 +11,7 @@ from sarathi_jax.latency import StepTimes
 from sarathi_jax.scheduling.plan import StepPlan, StepResult
 from sarathi_jax.simulate.deployment import Deployment
 
+_QUICKEST = 0.5  # of the expected time: a step may be shorter than others by more than it takes
 StageTimes = Callable[[StepPlan], tuple[Sequence[float], float]]
 """Seconds of each stage for a plan, and of a send from one to the next."""
 
@@ -34,7 +35,7 @@ def stage_times(deployment: Deployment, seed: int = 0) -> StageTimes:
 
     Args:
       deployment: that computes them.
-      seed: of how the times of a measured table scatter (`LatencyTable.ratios`).
+      seed: of how the times of a measured table scatter (`LatencyTable.excess_s`).
 
     Raises:
       ValueError: layers or links that do not fit the devices.
@@ -42,7 +43,12 @@ def stage_times(deployment: Deployment, seed: int = 0) -> StageTimes:
     table, pads = deployment.table, deployment.pads
     if table is not None:
         draws = random.Random(seed)
-        return lambda plan: ((table.step_s(plan.work) * draws.choice(table.ratios(plan.work)),), 0.0)
+
+        def scattered(plan: StepPlan) -> tuple[Sequence[float], float]:
+            expected_s = table.step_s(plan.work)
+            return (max(_QUICKEST * expected_s, expected_s + draws.choice(table.excess_s(plan.work))),), 0.0
+
+        return scattered
     roofline = deployment.roofline()
 
     def times(plan: StepPlan) -> tuple[Sequence[float], float]:

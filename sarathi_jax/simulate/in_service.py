@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import itertools
 import math
 import statistics
@@ -16,6 +17,7 @@ from sarathi_jax.telemetry.run import Run
 _LEAST_STEPS, _LEAST_SPREAD = 5, 20  # that are taken to say something of the mean time, and of how times scatter
 _PASSES = 5  # of the correction: a step with a prompt rests on timings of decodes, too, whose ratio is another
 _QUANTILES = 100  # that are kept of a scatter
+_LARGEST = 3.0  # factor of a pass: least squares know no bounds
 _AWAY = 10  # times as long as usual: then it was not the step, but the machine that was away
 
 
@@ -87,8 +89,9 @@ def in_service(table: LatencyTable, runs: Iterable[Sequence[ServedStep]]) -> Lat
     if not measured.of_all:
         return table
     for _ in range(_PASSES):
+        factors = {bucket: measured.factors(bucket) for bucket in table.buckets}
         timings = [
-            dataclasses.replace(timing, seconds=timing.seconds * measured.ratio(timing.bucket, timing.num_decodes))
+            dataclasses.replace(timing, seconds=timing.seconds * factors[timing.bucket][timing.num_decodes])
             for timing in corrected.timings
         ]
         corrected = LatencyTable(timings, table.about)
@@ -97,7 +100,7 @@ def in_service(table: LatencyTable, runs: Iterable[Sequence[ServedStep]]) -> Lat
     waits_s = [step.took_s - step.expected_s for step in after_idleness]
     idle_s = max(0.0, statistics.fmean(waits_s)) if waits_s else 0.0
     spreads = [
-        Spread(bucket, has_prompts, measured.spread(bucket, has_prompts))
+        Spread(bucket, has_prompts, measured.excess_s(bucket, has_prompts))
         for bucket in table.buckets
         for has_prompts in (False, True)
     ]
@@ -111,14 +114,16 @@ class _Timed:
     Attributes:
       took_s: measured.
       parts: of the table, see `LatencyTable.parts`.
-      expected_s: their sum.
-      run_s: that, as much slower as the whole run was.
+      slowness: of its whole run: the time that all steps took to what the table says.
     """
 
     took_s: float
     parts: Mapping[int, float]
-    expected_s: float
-    run_s: float
+    slowness: float = 1.0
+
+    @functools.cached_property
+    def expected_s(self) -> float:
+        return sum(self.parts.values())
 
 
 def _usual(steps: Sequence[_Timed]) -> list[_Timed]:
@@ -130,45 +135,53 @@ def _usual(steps: Sequence[_Timed]) -> list[_Timed]:
 
 
 class _Ratios:
-    """What steps took to what the table says: of timings, by the steps that rest on them; of few steps, of their kind.
+    """What steps took to what the table says.
 
     Attributes:
       of_all: steps.
     """
 
     def __init__(self, table: LatencyTable, runs: Iterable[Sequence[tuple[Work, float]]]):
+        self._table = table
         self.of_all = list[_Timed]()
         self._of_kind = collections.defaultdict[bool, list[_Timed]](list)
         self._of_bucket = collections.defaultdict[tuple[int, bool], list[_Timed]](list)
         for steps in runs:
-            parts = [table.parts(work) for work, _ in steps]
-            slowness = sum(took_s for _, took_s in steps) / sum(map(_total, parts)) if steps else 1.0
-            for (work, took_s), its in zip(steps, parts, strict=True):
+            timed = [_Timed(took_s, table.parts(work)) for work, took_s in steps]
+            slowness = _ratio(timed) if timed else 1.0
+            for (work, _), step in zip(steps, timed, strict=True):
                 of_bucket = self._of_bucket[work.num_tokens, work.num_prefill_keys > 0]
-                of_bucket.append(_Timed(took_s, its, _total(its), slowness * _total(its)))
+                of_bucket.append(dataclasses.replace(step, slowness=slowness))
         for (bucket, has_prompts), timed in self._of_bucket.items():
             self._of_bucket[bucket, has_prompts] = usual = _usual(timed)
             self._of_kind[has_prompts] += usual
             self.of_all += usual
 
-    def ratio(self, bucket: int, num_decodes: int) -> float:
-        """Of the times of a bucket's steps, each as far as it rests on timings of so many decodes."""
-        steps = [step for has_prompts in (False, True) for step in self._of_bucket.get((bucket, has_prompts), ())]
-        shares = [step.parts.get(num_decodes, 0.0) / step.expected_s for step in steps]
-        if sum(shares) < _LEAST_STEPS:
-            steps = self._of_kind[num_decodes == 0] or self.of_all
-            shares = [1.0] * len(steps)
-        took_s = sum(share * step.took_s for share, step in zip(shares, steps, strict=True))
-        return took_s / sum(share * step.expected_s for share, step in zip(shares, steps, strict=True))
+    def factors(self, bucket: int) -> dict[int, float]:
+        """By which to multiply the timings of a bucket, by their number of decodes, to come nearest to its steps.
 
-    def spread(self, bucket: int, has_prompts: bool) -> tuple[float, ...]:
-        """Of each step, to the mean of its run; so many quantiles, as likely each."""
+        Least squares, in which a step counts as long as it takes, and a few more steps are what all of the kind are.
+        """
+        numbers = sorted({timing.num_decodes for timing in self._table.timings if timing.bucket == bucket})
+        steps = [step for has_prompts in (False, True) for step in self._of_bucket.get((bucket, has_prompts), ())]
+        expected_s = np.array([step.expected_s for step in steps])
+        parts = np.array([[step.parts.get(number, 0.0) for number in numbers] for step in steps])
+        usual = np.array([_ratio(self._of_kind[number == 0] or self.of_all) for number in numbers])
+        scale = np.sqrt(expected_s)[:, None]
+        prior = math.sqrt(_LEAST_STEPS * (expected_s.mean() if steps else 1.0))
+        rows = np.concatenate([parts.reshape(-1, len(numbers)) / scale, prior * np.eye(len(numbers))])
+        wanted = np.concatenate([np.array([step.took_s for step in steps]) / scale[:, 0], prior * usual])
+        found, *_ = np.linalg.lstsq(rows, wanted)
+        return dict(zip(numbers, np.clip(found, 1 / _LARGEST, _LARGEST).tolist(), strict=True))
+
+    def excess_s(self, bucket: int, has_prompts: bool) -> tuple[float, ...]:
+        """Seconds that steps took longer than expected, as slow as their run was; so many quantiles, as likely each."""
         candidates = self._of_bucket.get((bucket, has_prompts), []), self._of_kind[has_prompts]
         steps = next((steps for steps in candidates if len(steps) >= _LEAST_SPREAD), self.of_all)
-        ratios = [step.took_s / step.run_s for step in steps]
-        quantiles = np.quantile(ratios, (np.arange(_QUANTILES) + 0.5) / _QUANTILES)
-        return tuple(map(float, np.round(quantiles / quantiles.mean(), 4)))
+        excess_s = [step.took_s - step.slowness * step.expected_s for step in steps]
+        quantiles = np.quantile(excess_s, (np.arange(_QUANTILES) + 0.5) / _QUANTILES)
+        return tuple(map(float, np.round(quantiles - quantiles.mean(), 7)))
 
 
-def _total(parts: Mapping[int, float]) -> float:
-    return sum(parts.values())
+def _ratio(steps: Sequence[_Timed]) -> float:
+    return sum(step.took_s for step in steps) / sum(step.expected_s for step in steps)

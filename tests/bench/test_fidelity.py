@@ -14,10 +14,11 @@ CASES = [("tiny", "sarathi")]
 
 def parts(simulated: float, *real: float) -> dict:
     """One load at which everything takes so long, and capacities likewise."""
-    runs = ("p50_ttft_s", "p99_tbt_s")
-    of_load = {
-        f"tiny sarathi real 0.5 {name}": dict.fromkeys(runs, value) for name, value in zip("abc", real, strict=False)
-    }
+
+    def of_run(value: float) -> dict:
+        return {"requests": 9, "p50_ttft_s": value, "p99_tbt_s": value}
+
+    of_load = {f"tiny sarathi real 0.5 {name}": of_run(value) for name, value in zip("abc", real, strict=False)}
     capacities = {
         f"tiny sarathi capacity real {name}": {"requests_per_s": value}
         for name, value in zip("abc", real, strict=False)
@@ -25,7 +26,7 @@ def parts(simulated: float, *real: float) -> dict:
     return {
         "tiny slo": 1.0,
         "tiny throughput": 1.0,
-        "tiny sarathi sim 0.5": dict.fromkeys(runs, simulated),
+        "tiny sarathi sim 0.5": of_run(simulated),
         "tiny sarathi capacity sim": {"requests_per_s": simulated},
         **of_load,
         **capacities,
@@ -58,7 +59,7 @@ def test_page_and_picture(tmp_path):
     assert "On 2 cores: 0 of 3 numbers are close" in told
     assert "a P99 TBT of at most 1,000 ms (tiny)" in told
     assert "up to 20% too much" in told
-    assert "| tiny | sarathi | 0.5 | P50 TTFT | 1,200 ms | 1,000, 1,000 ms | +20.0% | 0.0% | **no** |" in told
+    assert "| tiny | sarathi | 0.5 | 9 | P50 TTFT | 1,200 ms | 1,000, 1,000 ms | +20.0% | 0.0% | **no** |" in told
     draw(parts(1.2, 1.0, 1.0), CASES, tmp_path / "fidelity.svg")
     assert "tiny, sarathi" in (tmp_path / "fidelity.svg").read_text()
 
@@ -79,8 +80,8 @@ def said_by(command: list[str]) -> str:
 
 @pytest.mark.slow
 def test_a_small_comparison_goes_on_where_it_was(tmp_path):
-    flags = ["--models=shipped:64", "--policies=sarathi", "--loads=0.5", "--max_num_seqs=4"]
-    flags += ["--seconds=0.2", "--least_requests=4", "--rounds=2", "--tolerance=0.5", f"--out={tmp_path}"]
+    flags = ["--models=shipped:64:4", "--policies=sarathi", "--loads=0.5", "--max_num_seqs=4"]
+    flags += ["--seconds=0.2", "--rounds=2", "--tolerance=0.5", f"--out={tmp_path}"]
     command = [sys.executable, "-m", "sarathi_jax.bench.fidelity", *flags, f"--page={tmp_path / 'page.md'}"]
     assert said_by(command).startswith("wrote ")
     first = (tmp_path / "page.json").read_text()

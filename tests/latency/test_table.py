@@ -1,5 +1,6 @@
 """The latency table against what it was made from, and against numbers worked out by hand."""
 
+import dataclasses
 import json
 
 import pytest
@@ -40,13 +41,21 @@ def test_between_and_beyond(decode_keys, prefill_keys, seconds):
     assert LatencyTable(timings()).step_s(work) == pytest.approx(seconds)
 
 
-def test_parts_add_up_to_a_step():
+@pytest.mark.parametrize(
+    "work",
+    [Work(8, 2, 100), Work(8, num_prefill_keys=18), Work(8, 0, 0, 3000), Work(8, 2, 100, 18), Work(8, 4, 9, 999)],
+)
+def test_parts_say_which_timings_a_step_rests_on(work):
     table = with_one_decode()
-    assert table.parts(Work(8, 2, 100)) == pytest.approx({1: 0.0025 * 2 / 3, 4: 0.030 / 3})
-    assert table.parts(Work(8, num_prefill_keys=1000)) == pytest.approx({0: 0.018})
-    mixed = Work(8, 2, 100, 1000)
-    assert table.parts(mixed) == pytest.approx({1: 0.0025 * 2 / 3, 4: 0.030 / 3, 0: 0.018 - 0.002})
-    assert table.step_s(mixed) == pytest.approx(sum(table.parts(mixed).values()))
+    parts = table.parts(work)
+    assert table.step_s(work) == pytest.approx(sum(parts.values()))
+    for number in (0, 1, 4):
+        twice = [
+            dataclasses.replace(timing, seconds=1.01 * timing.seconds) if timing.num_decodes == number else timing
+            for timing in table.timings
+        ]
+        more_s = LatencyTable(twice).step_s(work) - table.step_s(work)
+        assert more_s == pytest.approx(0.01 * parts.get(number, 0.0))
 
 
 def with_one_decode() -> LatencyTable:
@@ -78,14 +87,14 @@ def test_noise_never_makes_a_fuller_cache_quicker():
 
 
 def test_kept_in_a_file(tmp_path):
-    spread = Spread(8, True, (0.9, 1.1))
+    spread = Spread(8, True, (-0.001, 0.001))
     table = LatencyTable(timings(), {"device": "x"}, 0.001, [spread])
     table.save(tmp_path / "deep" / "table.json")
     again = LatencyTable.load(tmp_path / "deep" / "table.json")
     assert (again.timings, again.about, again.buckets) == (table.timings, {"device": "x"}, (8,))
     assert (again.idle_s, again.spreads) == (0.001, (spread,))
-    assert again.ratios(Work(8, num_prefill_keys=9)) == (0.9, 1.1)
-    assert again.ratios(Work(8, 1, 9)) == (1.0,)
+    assert again.excess_s(Work(8, num_prefill_keys=9)) == (-0.001, 0.001)
+    assert again.excess_s(Work(8, 1, 9)) == (0.0,)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["table.json"]
 
 
@@ -94,9 +103,9 @@ def test_kept_in_a_file(tmp_path):
     [
         ("{", "is no latency table"),
         ("[]", "is no latency table"),
-        (json.dumps({"format": 99, "timings": []}), "format 99, this version reads 3"),
-        (json.dumps({"format": 3, "about": {}, "timings": [{"bucket": 1}]}), "is no latency table"),
-        (json.dumps({"format": 3, "about": {}, "idle_s": 0, "timings": [], "spreads": []}), "needs timings"),
+        (json.dumps({"format": 99, "timings": []}), "format 99, this version reads 4"),
+        (json.dumps({"format": 4, "about": {}, "timings": [{"bucket": 1}]}), "is no latency table"),
+        (json.dumps({"format": 4, "about": {}, "idle_s": 0, "timings": [], "spreads": []}), "needs timings"),
     ],
 )
 def test_a_damaged_file_says_so(tmp_path, text, message):
