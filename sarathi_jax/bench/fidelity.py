@@ -50,14 +50,13 @@ _OUT = flags.DEFINE_string("out", "build/fidelity", "folder of what is measured,
 _PAGE = flags.DEFINE_string("page", None, "file for the page (.md); pictures and numbers go beside it")
 _MODELS = flags.DEFINE_list(
     "models",
-    ["shipped:2048:100", "llama-200m:1024:30"],
-    "name of configs/models : context : least requests of a run at each load",
+    ["shipped:2048:100:4", "llama-200m:1024:30:2"],
+    "name of configs/models : context : least requests of a run at each load : identical runs there",
 )
 _POLICIES = flags.DEFINE_list("policies", ["sarathi", "vllm", "orca"], "policies to compare")
 _LOADS = flags.DEFINE_list("loads", ["0.4", "0.55", "0.7"], "shares of the throughput")
 _SECONDS = flags.DEFINE_float("seconds", 20, "of arrivals in each run, or longer for so many requests", lower_bound=0.1)
 _MAX_NUM_SEQS = flags.DEFINE_integer("max_num_seqs", 16, "sequences at once", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 2, "identical runs of the engine at each load", lower_bound=2, upper_bound=26)
 _TOLERANCE = flags.DEFINE_float("tolerance", 0.05, "of capacities", lower_bound=0.001)
 
 _BUDGET = 512  # tokens of a step of policies that cut prompts
@@ -79,12 +78,14 @@ class Case:
       name: of the model, `_SHIPPED` or one of configs/models.
       context: longest prompt and output together.
       least: requests of a run at each load.
+      rounds: identical runs at each load, at most 26.
       policy: of `EngineConfig`.
     """
 
     name: str
     context: int
     least: int
+    rounds: int
     policy: str
 
     def __str__(self) -> str:
@@ -108,10 +109,11 @@ class Case:
 
 def case_of(model: str, policy: str) -> Case:
     """A case in words: the model as in the flag."""
-    match model.split(":"):
-        case [name, context, least] if context.isdecimal() and least.isdecimal():
-            return Case(name, int(context), int(least), policy)
-    raise app.UsageError(f"--models: {model!r} is no name:context:requests, such as shipped:2048:100")
+    name, *numbers = model.split(":")
+    if len(numbers) != 3 or not all(number.isdecimal() for number in numbers):
+        raise app.UsageError(f"--models: {model!r} is no name:context:requests:rounds, such as shipped:2048:100:4")
+    context, least, num_rounds = map(int, numbers)
+    return Case(name, context, least, num_rounds, policy)
 
 
 class Kept:
@@ -238,7 +240,7 @@ def compare(case: Case, kept: Kept, folder: Path) -> None:
 def compare_latencies(case: Case, pair: Pair, rates: Sequence[float], kept: Kept, folder: Path) -> None:
     """Of the engine in every round, then of the simulator by the table that all rounds correct."""
     runs = []
-    for i, name in enumerate(rounds()):
+    for i, name in enumerate(string.ascii_lowercase[: case.rounds]):
         for j, rate in enumerate(rates):
             number = number_at(rate, case.least)
             # Just before what is compared: a machine that others use, too, is not the same from minute to minute.
@@ -266,11 +268,6 @@ def compare_capacities(case: Case, pair: Pair, slo_s: float, kept: Kept, folder:
     if runs:
         pair.correct(runs)
     kept.put(f"{case} capacity sim", capacity_figures(pair.simulated_capacity(slo_s)))
-
-
-def rounds() -> Sequence[str]:
-    """The names of the identical runs."""
-    return string.ascii_lowercase[: _ROUNDS.value]
 
 
 def number_at(rate: float, least: int) -> int:
