@@ -57,12 +57,13 @@ _POLICIES = flags.DEFINE_list("policies", ["sarathi", "vllm", "orca"], "policies
 _LOADS = flags.DEFINE_list("loads", ["0.4", "0.55", "0.7"], "shares of the throughput")
 _SECONDS = flags.DEFINE_float("seconds", 20, "of arrivals in each run, or longer for so many requests", lower_bound=0.1)
 _MAX_NUM_SEQS = flags.DEFINE_integer("max_num_seqs", 16, "sequences at once", lower_bound=1)
+_LEAST = flags.DEFINE_integer("search_requests", 30, "least of a run of a search for a capacity", lower_bound=1)
+_DRAWS = flags.DEFINE_integer("draws", 9, "of how the steps of a simulation scatter", lower_bound=1)
 _TOLERANCE = flags.DEFINE_float("tolerance", 0.05, "of capacities", lower_bound=0.001)
 
 _BUDGET = 512  # tokens of a step of policies that cut prompts
 _WHOLE = ("vllm", "orca")  # policies that compute prompts whole
-_SEARCHES, _LEAST = "ab", 30  # identical ones of the engine's capacity, and requests of each run
-_DRAWS = 9  # of how the steps of a simulation scatter
+_SEARCHES = "ab"  # identical ones of the engine's capacity
 _NEAR = 1.15  # how far the engine's capacity may be from the simulator's, about
 # The P99 TBT of a policy that cuts prompts is the time of a full step, at any rate: a promise of just that is kept by
 # chance. Two identical searches found 0.82 and 1.48 requests/s by it.
@@ -158,7 +159,7 @@ class Pair:
     def simulate(self, workload: Workload) -> dict[str, float]:
         """By the table: what is compared, the median of some draws of how steps scatter."""
         deployment = dataclasses.replace(self._deployment, table=self._table)
-        draws = [figures(simulate(workload.requests(), deployment, seed=draw)) for draw in range(_DRAWS)]
+        draws = [figures(simulate(workload.requests(), deployment, seed=draw)) for draw in range(_DRAWS.value)]
         # A P99 jumps where one token more or less is stalled by the longest prompt: a mean lies where no run does.
         return {name: statistics.median(draw[name] for draw in draws) for name in draws[0]}
 
@@ -174,15 +175,15 @@ class Pair:
     def simulated_capacity(self, slo_s: float) -> Capacity:
         """By the table, of the same requests in all draws."""
         deployment = dataclasses.replace(self._deployment, table=self._table)
-        probe = simulated(deployment, lambda rate, draw: self.workload(number_at(rate, _LEAST), rate, 0))
-        return find_capacity(probe, tbt_slo_s=slo_s, seeds=range(_DRAWS), tolerance=_TOLERANCE.value)
+        probe = simulated(deployment, lambda rate, draw: self.workload(number_at(rate, _LEAST.value), rate, 0))
+        return find_capacity(probe, tbt_slo_s=slo_s, seeds=range(_DRAWS.value), tolerance=_TOLERANCE.value)
 
     def capacity(self, slo_s: float, guess: float) -> tuple[Capacity, list[list[ServedStep]]]:
         """By the engine, of the same requests; and the steps of others, served before each run."""
         others = list[list[ServedStep]]()
 
         def probe(rate: float, seed: int) -> Run:
-            number = number_at(rate, _LEAST)
+            number = number_at(rate, _LEAST.value)
             others.append(self.other_steps(number, rate, len(others)))
             # Beyond three times as long as the requests come it is far too slow.
             return self.serve(self.workload(number, rate, seed), limit_s=3 * number / rate)

@@ -81,7 +81,7 @@ def said_by(command: list[str]) -> str:
 @pytest.mark.slow
 def test_a_small_comparison_goes_on_where_it_was(tmp_path):
     flags = ["--models=shipped:64:4:2", "--policies=sarathi", "--loads=0.5", "--max_num_seqs=4"]
-    flags += ["--seconds=0.2", "--tolerance=0.5", f"--out={tmp_path}"]
+    flags += ["--seconds=0.2", "--search_requests=4", "--draws=2", "--tolerance=0.5", f"--out={tmp_path}"]
     command = [sys.executable, "-m", "sarathi_jax.bench.fidelity", *flags, f"--page={tmp_path / 'page.md'}"]
     assert said_by(command).startswith("wrote ")
     first = (tmp_path / "page.json").read_text()
