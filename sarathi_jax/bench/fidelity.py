@@ -13,7 +13,7 @@ For each model its programs are timed, as `main.py profile` does. Then, for each
    the P99 TBT that the simulator expects of the first policy at the largest of the three loads.
 
 What was measured is kept in the folder, part by part: a run that was cut off goes on where it was, also by more rounds.
-Nothing else should run meanwhile; on two cores it takes an hour and a half. The shares are of what is done when all
+Nothing else should run meanwhile; on two cores it takes two hours. The shares are of what is done when all
 requests come at once; from 0.8 on two identical runs of the engine differ by half in their P50 TTFT.
 """
 

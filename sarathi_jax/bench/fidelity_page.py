@@ -129,7 +129,8 @@ that is larger. Capacities are of a P99 TBT of at most {slos} and a median delay
 alike.
 
 The simulator goes by a table of the programs' times, corrected by what steps took while other requests were served
-before each of the real runs (`simulate/in_service.py`); none of the steps that are compared is in it.
+before each of the real runs (`simulate/in_service.py`); none of the steps that are compared is in it. What that
+rests on, where it fails, and what fewer runs say: [decisions/latency-table.md](decisions/latency-table.md).
 
 ![simulated and real](fidelity.svg)
 
